@@ -1,0 +1,1 @@
+"""Streaming post-training quantization: recipes, checkpoints, algorithms, runners and savers of Slim."""
