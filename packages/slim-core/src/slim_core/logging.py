@@ -1,0 +1,46 @@
+"""Logging: standard library loggers below ``slim``; the level comes from ``MSMODELSLIM_LOG_LEVEL``."""
+
+from __future__ import annotations
+
+import logging
+import os
+
+from slim_core.errors import EnvVarError
+
+__all__ = ["LOG_LEVEL_VARIABLE", "get_logger", "level_from_environment", "set_up_logging"]
+
+LOG_LEVEL_VARIABLE = "MSMODELSLIM_LOG_LEVEL"
+_LEVELS = {"INFO": logging.INFO, "DEBUG": logging.DEBUG}
+
+
+def get_logger(name: str) -> logging.Logger:
+    """The logger of a module; ``name`` is its ``__name__``."""
+    return logging.getLogger(f"slim.{name.removeprefix('slim_')}")
+
+
+def level_from_environment() -> int:
+    """The level named by ``MSMODELSLIM_LOG_LEVEL`` (any case).
+
+    Raises:
+        EnvVarError: the variable holds neither ``INFO`` nor ``DEBUG``.
+    """
+    value = os.environ.get(LOG_LEVEL_VARIABLE, "INFO")
+    level = _LEVELS.get(value.strip().upper())
+    if level is None:
+        raise EnvVarError(
+            f"{LOG_LEVEL_VARIABLE} is {value!r}", where="environment", remedy="set it to INFO or DEBUG, or unset it"
+        )
+    return level
+
+
+def set_up_logging(level: int | None = None) -> None:
+    """Send Slim's log lines to standard error through rich. Only commands call this; a library never does."""
+    from rich.console import Console
+    from rich.logging import RichHandler
+
+    handler = RichHandler(console=Console(stderr=True), show_path=False, rich_tracebacks=False, markup=False)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    root = logging.getLogger("slim")
+    root.handlers = [handler]
+    root.propagate = False
+    root.setLevel(level_from_environment() if level is None else level)

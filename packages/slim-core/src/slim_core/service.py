@@ -1,0 +1,124 @@
+"""What a service is and how it is found.
+
+A *service* serves one ``apiversion`` of the recipe protocol. Packages announce theirs under the entry point group
+``slim.services``; a command asks :func:`find_service` for the one that a recipe names. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from difflib import get_close_matches
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from slim_core.errors import UnsupportedError
+
+if TYPE_CHECKING:
+    from slim_core.evaluation.perplexity import EvalResult
+    from slim_core.progress import Progress
+    from slim_core.runners.plan import Plan
+    from slim_core.runners.run import RunResult
+
+__all__ = ["EvalRequest", "QuantRequest", "Service", "find_service", "installed_services"]
+
+SERVICE_GROUP = "slim.services"
+_PACKAGES = {
+    "modelslim_v0": "slim-llm",
+    "modelslim_v1": "slim-llm",
+    "multimodal_vlm_modelslim_v1": "slim-vlm",
+    "multimodal_sd_modelslim_v1": "slim-sd",
+}
+
+
+class QuantRequest(BaseModel):
+    """Everything one quantization run is told. Field names are the long options of the command."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+    model_path: Path = Field(description="Folder of the floating-point model")
+    save_path: Path = Field(description="Folder for the quantized checkpoint")
+    model_type: str = Field(description="Model name as the practice library knows it, e.g. Qwen2.5-7B-Instruct")
+    device: str = Field("npu", description="Device: npu, npu:0, npu:0,1,2,3, cuda, cuda:0, cpu")
+    config_path: Path | None = Field(None, description="Recipe (YAML); excludes --quant_type")
+    quant_type: str | None = Field(None, description="Quantization type, e.g. w8a8; excludes --config_path")
+    tag: list[str] = Field(default_factory=list, description="Scenario tags a practice must carry, e.g. vLLM_Ascend")
+    trust_remote_code: bool = Field(False, description="Run Python code that ships with the model: True or False")
+    dry_run: bool = Field(False, description="Print the plan and stop; reads headers only")
+    overwrite: bool = Field(False, description="Replace a non-empty save_path once the new output is complete")
+    resume: bool = Field(False, description="Continue an interrupted run into the same save_path")
+    yes: bool = Field(False, description="Answer yes to the question about a fall-back practice")
+    debug: bool = Field(False, description="Write debug_info with the statistics of every layer")
+
+
+class EvalRequest(BaseModel):
+    """What ``slim eval`` is told."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+    model_path: Path = Field(description="Folder of the floating-point model")
+    quantized: Path | None = Field(None, description="Folder that slim quant wrote")
+    text: Path | None = Field(None, description="Text file to score; default: the bundled held-out text")
+    device: str = Field("npu", description="Device: npu, cuda, cpu, with an index if wanted")
+    sequence_length: int = Field(512, ge=8, description="Tokens per scored window")
+    max_windows: int | None = Field(None, ge=1, description="Score only the first windows")
+    trust_remote_code: bool = Field(False, description="Run Python code that ships with the model: True or False")
+
+
+class Service(Protocol):
+    """One ``apiversion``. ``ask`` puts a yes/no question to the user and is only called when ``yes`` is not set."""
+
+    apiversion: str
+
+    def practice_folders(self) -> list[Path]:
+        """Folders of the practice library that this service brings along."""
+        ...
+
+    def handles(self, model_path: Path) -> bool:
+        """Whether the model in this folder is one of this service's."""
+        ...
+
+    def plan(self, request: QuantRequest, recipe: Any) -> Plan:
+        """The plan of a run, from configuration and headers only."""
+        ...
+
+    def quantize(self, request: QuantRequest, recipe: Any, progress: Progress) -> RunResult:
+        """Run the recipe and write the output."""
+        ...
+
+    def evaluate(self, request: EvalRequest, progress: Progress) -> EvalResult:
+        """Perplexity of the original and, if asked, of the quantized files."""
+        ...
+
+
+AskUser = Callable[[str], bool]
+
+
+def installed_services() -> dict[str, Any]:
+    """Entry points of the installed services by ``apiversion``, none of them loaded."""
+    return {point.name: point for point in entry_points(group=SERVICE_GROUP)}
+
+
+def find_service(apiversion: str, *, where: str | None = None) -> Service:
+    """The service of ``apiversion``.
+
+    Raises:
+        UnsupportedError: no installed package serves it; names the package to install if one is known.
+    """
+    services = installed_services()
+    if apiversion in services:
+        return services[apiversion].load()()
+    if package := _PACKAGES.get(apiversion):
+        raise UnsupportedError(
+            f"apiversion {apiversion!r} is served by the package {package}, which does not serve it in this environment",
+            where=where,
+            remedy=f"pip install --upgrade {package}",
+        )
+    near = get_close_matches(apiversion, [*_PACKAGES, *services], n=1)
+    raise UnsupportedError(
+        f"unknown apiversion {apiversion!r}",
+        where=where,
+        remedy=f"did you mean {near[0]!r}?" if near else f"known: {', '.join(sorted({*_PACKAGES, *services}))}",
+    )
