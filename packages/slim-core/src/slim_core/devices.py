@@ -1,0 +1,117 @@
+"""Devices behind one small interface: NPU, CUDA and CPU."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from dataclasses import dataclass
+
+import torch
+
+from slim_core.errors import EnvError, SchemaValidateError
+from slim_core.logging import get_logger
+
+__all__ = ["Devices", "free_device_memory", "free_host_memory", "parse_device", "resolve_devices"]
+
+_KINDS = ("npu", "cuda", "cpu")
+_logger = get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class Devices:
+    """What a run computes on. ``indices`` is never empty; ``kind`` is ``npu``, ``cuda`` or ``cpu``."""
+
+    kind: str
+    indices: tuple[int, ...] = (0,)
+
+    @property
+    def first(self) -> torch.device:
+        """The device of a single-process run."""
+        return torch.device("cpu") if self.kind == "cpu" else torch.device(self.kind, self.indices[0])
+
+    def __str__(self) -> str:
+        return self.kind if self.kind == "cpu" else f"{self.kind}:{','.join(map(str, self.indices))}"
+
+
+def parse_device(text: str) -> tuple[str, tuple[int, ...]]:
+    """Split ``npu``, ``npu:0``, ``npu:0,1`` into kind and indices (empty when none are given).
+
+    Blanks and empty items are dropped, as the protocol has it.
+
+    Raises:
+        SchemaValidateError: unknown kind (case matters), an index that is no number, negative or repeated.
+    """
+    kind, colon, rest = text.partition(":")
+    if kind not in _KINDS:
+        raise SchemaValidateError(f"unknown device {text!r}", where="--device", remedy=f"use one of {', '.join(_KINDS)}")
+    items = [item.strip() for item in rest.split(",") if item.strip()]
+    if not all(item.isascii() and item.isdigit() for item in items) or (colon and rest.strip() and not items):
+        raise SchemaValidateError(
+            f"device indices must be numbers, got {rest!r}", where="--device", remedy=f"write {kind}:0 or {kind}:0,1"
+        )
+    indices = tuple(int(item) for item in items)
+    if len(set(indices)) != len(indices):
+        raise SchemaValidateError(f"a device index is repeated in {text!r}", where="--device")
+    return kind, indices
+
+
+def _available(kind: str) -> int:
+    if kind == "cpu":
+        return max(os.cpu_count() or 1, 1)
+    if kind == "npu":
+        try:
+            importlib.import_module("torch_npu")
+        except ImportError:
+            return 0
+    module = getattr(torch, kind, None)
+    return module.device_count() if module is not None and module.is_available() else 0
+
+
+def resolve_devices(text: str, *, explicit: bool) -> Devices:
+    """The devices a run will use.
+
+    Args:
+        text: the device string.
+        explicit: whether the user wrote it. An ``npu`` that is merely the default gives way to what there is, loudly.
+
+    Raises:
+        SchemaValidateError: the string is malformed.
+        EnvError: the device asked for is not there.
+    """
+    kind, indices = parse_device(text)
+    count = _available(kind)
+    if kind != "cpu" and count == 0:
+        if explicit:
+            raise EnvError(
+                f"there is no {kind} device on this machine",
+                where="--device",
+                remedy="install the slim-core[npu] extra on a machine with CANN, or pass --device cpu"
+                if kind == "npu"
+                else "pass --device cpu",
+            )
+        fallback = "cuda" if _available("cuda") else "cpu"
+        _logger.warning("no NPU here: running on %s (pass --device to choose)", fallback.upper())
+        return Devices(fallback)
+    if bad := [i for i in indices if i >= count]:
+        raise EnvError(f"{kind}:{bad[0]} does not exist; this machine has {count}", where="--device")
+    return Devices(kind, indices or (0,))
+
+
+def free_host_memory() -> int:
+    """Bytes of memory that a new process could take without swapping."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as stream:
+            for line in stream:
+                if line.startswith("MemAvailable:"):
+                    return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def free_device_memory(device: torch.device) -> int:
+    """Free bytes on a device; for the CPU that of the host."""
+    if device.type == "cpu":
+        return free_host_memory()
+    free, _ = getattr(torch, device.type).mem_get_info(device)
+    return int(free)

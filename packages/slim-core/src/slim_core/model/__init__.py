@@ -1,0 +1,1 @@
+"""The model as a skeleton without weights, its units, and its forward pass suspended at every block."""

@@ -1,0 +1,118 @@
+"""The model's own forward, suspended at every decoder block.
+
+Each sample runs ``model(**inputs)`` unmodified in a coroutine of its own. When that forward calls block ``i`` the
+coroutine stops and the call (arguments and all) is handed out; it goes on when the caller delivers the block's output.
+Masks, rotary embeddings, per-layer inputs: whatever the model prepares between blocks arrives by itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+import greenlet
+from torch import nn
+
+from slim_core.errors import InvalidModelError
+
+__all__ = ["BlockCall", "SuspendedForward"]
+
+
+@dataclass
+class BlockCall:
+    """Block ``block`` was called with these arguments by the forward of sample ``sample``."""
+
+    sample: int
+    block: int
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+class SuspendedForward:
+    """A context in which the forward passes of all ``inputs`` stop at every block of ``blocks``.
+
+    Blocks keep their real ``forward`` as :meth:`compute`; only calls from inside the model are caught. Leaving the
+    context restores the blocks and ends all coroutines.
+
+    Raises:
+        InvalidModelError: the model does not call its blocks once each, in order.
+    """
+
+    def __init__(self, model: nn.Module, blocks: Sequence[nn.Module], inputs: Sequence[Mapping[str, Any]]) -> None:
+        self._model = model
+        self._blocks = list(blocks)
+        self._inputs = inputs
+        self._runs: list[greenlet.greenlet] = []
+        self._calls: list[BlockCall | None] = [None] * len(inputs)
+        self.outputs: list[Any] = [None] * len(inputs)
+
+    def __enter__(self) -> SuspendedForward:
+        for index, block in enumerate(self._blocks):
+            block.forward = self._stub(index)  # an instance attribute, shadowing the method of the class
+        self._hub = greenlet.getcurrent()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for block in self._blocks:
+            del block.forward
+        for run in self._runs:
+            if not run.dead:
+                run.throw(greenlet.GreenletExit)
+        self._runs.clear()
+        self._calls.clear()
+
+    def _stub(self, index: int) -> Any:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            return self._hub.switch(BlockCall(-1, index, args, kwargs))
+
+        return forward
+
+    def start(self) -> None:
+        """Run every sample up to its first block."""
+        for sample, inputs in enumerate(self._inputs):
+            run = greenlet.greenlet(lambda given: self._model(**given), self._hub)
+            self._runs.append(run)
+            self._take(sample, run.switch(inputs), expected=0)
+
+    def _take(self, sample: int, received: Any, expected: int) -> None:
+        if isinstance(received, BlockCall):
+            received.sample = sample
+            if received.block != expected:
+                raise InvalidModelError(
+                    f"block {received.block} was called where block {expected} was expected; the model does not run its "
+                    "blocks once each, in order",
+                    where=type(self._model).__name__,
+                    remedy="name the list of blocks in an adapter",
+                )
+            self._calls[sample] = received
+            return
+        if expected < len(self._blocks):
+            raise InvalidModelError(
+                f"the forward ended before calling block {expected}", where=type(self._model).__name__
+            )
+        self._calls[sample] = None
+        self.outputs[sample] = received
+
+    def call(self, sample: int) -> BlockCall:
+        """The call at which a sample is suspended."""
+        call = self._calls[sample]
+        if call is None:
+            raise InvalidModelError(f"sample {sample} is not suspended", where=type(self._model).__name__)
+        return call
+
+    def resume(self, sample: int, output: Any) -> None:
+        """Deliver the output of the block a sample waits for, and run it to its next block or to its end."""
+        call = self.call(sample)
+        self._calls[sample] = None
+        expected = call.block + 1
+        del call
+        self._take(sample, self._runs[sample].switch(output), expected)
+
+    def compute(self, call: BlockCall) -> Any:
+        """The output of the real block for a call, with whatever weights the block has now."""
+        block = self._blocks[call.block]
+        return type(block).forward(block, *call.args, **call.kwargs)

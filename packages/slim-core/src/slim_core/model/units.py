@@ -1,0 +1,236 @@
+"""The model as a sequence of units: what comes before the blocks, every block, what comes after.
+
+A unit knows its parameters and the checkpoint tensors behind them. It is loaded onto a device, worked on and unloaded;
+nothing else of the model is in memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from slim_core.checkpoint.source import TensorSource
+from slim_core.errors import InvalidModelError
+from slim_core.model.skeleton import find_blocks
+
+__all__ = ["LinearInfo", "StreamedModel", "Unit"]
+
+
+@dataclass(frozen=True)
+class LinearInfo:
+    """A linear of the model: module name, the checkpoint name its tensors go by, and its parts."""
+
+    name: str
+    prefix: str
+    in_features: int
+    out_features: int
+    has_bias: bool
+    in_block: bool
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A part of the model that is in memory as a whole.
+
+    Args:
+        name: dotted module name of a block, or ``prologue``, ``epilogue``, ``extra``.
+        block: index of the block, None outside the blocks.
+        parameters: parameter (or buffer) name to checkpoint tensor, for all that this unit owns.
+        tensors: what the unit writes, output name to the checkpoint tensor it comes from; differs for tied weights.
+        linears: the linears among its modules.
+    """
+
+    name: str
+    block: int | None
+    parameters: dict[str, str]
+    tensors: dict[str, str]
+    linears: tuple[LinearInfo, ...] = ()
+
+
+@dataclass
+class StreamedModel:
+    """A skeleton, the checkpoint behind it, and the units they make.
+
+    Args:
+        module: the model with parameters on ``meta`` and real buffers.
+        source: the checkpoint.
+        folder: where the model came from; side files are copied from it.
+        config: the content of its ``config.json``.
+        blocks_name: dotted name of the block list; found by size if not given.
+        tensor_name: turns a parameter name into the checkpoint's name for it, where the two differ.
+
+    Raises:
+        InvalidModelError: a parameter has no tensor, or one of another shape.
+    """
+
+    module: nn.Module
+    source: TensorSource
+    folder: Path
+    config: dict[str, Any]
+    blocks_name: str = ""
+    tensor_name: Callable[[str], str] = str
+    units: list[Unit] = field(default_factory=list[Unit], init=False)
+
+    def __post_init__(self) -> None:
+        self.module.eval()
+        self.blocks_name = self.blocks_name or find_blocks(self.module)
+        self._shapes = dict(_named_tensors(self.module))
+        self._names, ties = self._match()
+        self.units = self._cut(ties)
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """The decoder blocks, in order."""
+        return list(self.module.get_submodule(self.blocks_name).children())
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """The dtype that ``config.json`` names (also inside ``text_config``), None if it names none."""
+        for part in (self.config, self.config.get("text_config"), self.config.get("vision_config")):
+            name = (part or {}).get("dtype") or (part or {}).get("torch_dtype")
+            if isinstance(name, str) and isinstance(found := getattr(torch, name.removeprefix("torch."), None), torch.dtype):
+                return found
+        return None
+
+    @property
+    def tied_head(self) -> bool:
+        """Whether some tensor is written under a second name."""
+        return any(output != origin for unit in self.units for output, origin in unit.tensors.items())
+
+    def _match(self) -> tuple[dict[str, str], dict[str, str]]:
+        names: dict[str, str] = {}
+        first_of: dict[int, str] = {}
+        ties: dict[str, str] = {}
+        missing: list[str] = []
+        for name, tensor in self._shapes.items():
+            stored = self.tensor_name(name)
+            owner = first_of.setdefault(id(tensor), name)
+            if stored in self.source:
+                names[name] = stored
+            elif owner in names and owner != name:
+                names[name] = names[owner]
+                ties[stored] = names[owner]
+            elif isinstance(tensor, nn.Parameter):
+                missing.append(stored)
+            if name in names and owner not in names:
+                names[owner] = names[name]
+                ties[self.tensor_name(owner)] = names[name]
+                missing.remove(self.tensor_name(owner))
+        if missing:
+            near = get_close_matches(missing[0], list(self.source), n=1)
+            raise InvalidModelError(
+                f"{len(missing)} tensors of the model are not in the checkpoint, among them {missing[0]!r}"
+                + (f" (there is {near[0]!r})" if near else ""),
+                where=str(self.folder),
+                remedy="the weights and config.json do not belong together, or a shard is missing",
+            )
+        for name, stored in names.items():
+            have, want = self.source.meta(stored).shape, tuple(self._shapes[name].shape)
+            if have != want:
+                raise InvalidModelError(
+                    f"tensor {stored!r} has shape {list(have)}, config.json asks for {list(want)}", where=str(self.folder)
+                )
+        return names, ties
+
+    def _cut(self, ties: dict[str, str]) -> list[Unit]:
+        prefix = f"{self.blocks_name}."
+        order = list(self._shapes)
+        in_blocks = [i for i, name in enumerate(order) if name.startswith(prefix)]
+        groups: dict[str, list[str]] = {"prologue": [], "epilogue": []}
+        count = len(self.blocks)
+        groups = {"prologue": [], **{f"{prefix}{i}": [] for i in range(count)}, "epilogue": []}
+        for position, name in enumerate(order):
+            if name.startswith(prefix):
+                groups[prefix + name.removeprefix(prefix).split(".", 1)[0]].append(name)
+            else:
+                before = bool(in_blocks) and position < in_blocks[0]
+                groups["prologue" if before else "epilogue"].append(name)
+        linears = self._linears(prefix)
+        written: set[str] = set()
+        units: list[Unit] = []
+        for number, (name, members) in enumerate(groups.items()):
+            parameters = {member: self._names[member] for member in members if member in self._names}
+            tensors = {t: t for t in parameters.values() if t not in written}
+            tensors |= {
+                alias: origin
+                for member in members
+                if (alias := self.tensor_name(member)) in ties and (origin := ties[alias])
+            }
+            written |= set(tensors)
+            block = number - 1 if 0 < number <= count else None
+            units.append(Unit(name, block, parameters, tensors, tuple(linears.get(name, ()))))
+        extra = {name: name for name in self.source if name not in written}
+        if extra:
+            units.append(Unit("extra", None, {}, extra))
+        return [unit for unit in units if unit.tensors or unit.parameters or unit.block is not None]
+
+    def _linears(self, prefix: str) -> dict[str, list[LinearInfo]]:
+        found: dict[str, list[LinearInfo]] = {}
+        for name, module in self.module.named_modules():
+            weight = f"{name}.weight"
+            if not isinstance(module, nn.Linear) or weight not in self._names:
+                continue
+            in_block = name.startswith(prefix)
+            unit = prefix + name.removeprefix(prefix).split(".", 1)[0] if in_block else "epilogue"
+            found.setdefault(unit, []).append(
+                LinearInfo(
+                    name=name,
+                    prefix=self.tensor_name(weight).removesuffix(".weight"),
+                    in_features=module.in_features,
+                    out_features=module.out_features,
+                    has_bias=module.bias is not None,
+                    in_block=in_block,
+                )
+            )
+        return found
+
+    def load(self, names: Iterable[str], device: torch.device) -> None:
+        """Give these parameters their values on a device. On the CPU they are views of the mapped checkpoint."""
+        for name in names:
+            if (stored := self._names.get(name)) is None:
+                continue
+            value = self.source.load(stored).to(device=device, dtype=self._shapes[name].dtype)
+            _assign(self.module, name, value, self._shapes[name])
+
+    def unload(self, names: Iterable[str]) -> None:
+        """Put these parameters back on ``meta`` and give their memory back."""
+        names = [name for name in names if name in self._names]
+        for name in names:
+            _assign(self.module, name, self._shapes[name], self._shapes[name])
+        self.source.release(self._names[name] for name in names)
+
+    def tensors_of(self, names: Iterable[str]) -> list[str]:
+        """The checkpoint tensors behind parameters."""
+        return [self._names[name] for name in names if name in self._names]
+
+    @property
+    def outside(self) -> list[str]:
+        """Parameters that belong to no block."""
+        return [name for name in self._names if not name.startswith(f"{self.blocks_name}.")]
+
+
+def _named_tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Parameters and persistent buffers, in the order of the modules, tied ones under each of their names."""
+    for prefix, child in module.named_modules():
+        dot = f"{prefix}." if prefix else ""
+        for name, parameter in child._parameters.items():
+            if parameter is not None:
+                yield dot + name, parameter
+        for name, buffer in child._buffers.items():
+            if buffer is not None and name not in child._non_persistent_buffers_set:
+                yield dot + name, buffer
+
+
+def _assign(root: nn.Module, name: str, value: torch.Tensor, like: torch.Tensor) -> None:
+    path, _, leaf = name.rpartition(".")
+    owner = root.get_submodule(path)
+    if isinstance(like, nn.Parameter):
+        owner._parameters[leaf] = value if isinstance(value, nn.Parameter) else nn.Parameter(value, requires_grad=False)
+    else:
+        owner._buffers[leaf] = value

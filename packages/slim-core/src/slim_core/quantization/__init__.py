@@ -1,0 +1,1 @@
+"""Number formats, scale and offset maths, statistics, weight methods and quantized layers."""

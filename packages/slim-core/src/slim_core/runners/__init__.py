@@ -1,0 +1,1 @@
+"""The plan of a run, the choice of a runner, and the run itself."""

@@ -1,0 +1,206 @@
+"""The plan: what every linear becomes and why, what will be written, what it will take. Reads headers only."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from slim_core.devices import Devices
+from slim_core.model.units import LinearInfo, StreamedModel
+from slim_core.processors.base import Assignment, LinearRule, Processor, create_processor
+from slim_core.quantization.kinds import LayerKind
+from slim_core.recipe import NameFilter, SpecV1
+from slim_core.runners.choice import RunnerChoice, choose_runner, unit_bytes
+from slim_core.savers.base import Output, Saver, create_saver
+from slim_core.savers.loaders import mixed_fusions, unloadable
+
+__all__ = ["Plan", "PlannedLinear", "PlannedUnit", "make_plan"]
+
+_WRITER_QUEUE = 64 << 20
+_MIB = 1 << 20
+
+
+@dataclass(frozen=True)
+class PlannedLinear:
+    """A linear, what it becomes, and why."""
+
+    name: str
+    kind: LayerKind
+    reason: str
+    out_features: int
+    in_features: int
+
+
+@dataclass(frozen=True)
+class PlannedUnit:
+    """A unit, its linears and its size before and after."""
+
+    name: str
+    linears: tuple[PlannedLinear, ...]
+    bytes_in: int
+    bytes_out: int
+
+
+@dataclass
+class Plan:
+    """Everything that is known before the first weight is read.
+
+    Args:
+        assignments: the linears that will be quantized, by module name.
+        output: every tensor of the output and the files it falls into; None if nothing is saved.
+        forwards: forward passes of each block per calibration sample.
+        peak_memory: predicted bytes beyond what the process takes after its imports, activations included.
+    """
+
+    runner: RunnerChoice
+    devices: Devices
+    processors: list[Processor]
+    savers: list[Saver]
+    units: list[PlannedUnit]
+    assignments: dict[str, Assignment]
+    output: Output | None
+    warnings: list[str]
+    forwards: int
+    activation_bytes: int
+    peak_memory: int
+
+    @property
+    def needs_data(self) -> bool:
+        return self.forwards > 0
+
+    @property
+    def bytes_in(self) -> int:
+        return sum(unit.bytes_in for unit in self.units)
+
+    @property
+    def bytes_out(self) -> int:
+        return self.output.nbytes if self.output else 0
+
+    def counts(self) -> dict[str, int]:
+        """How many linears become what."""
+        counts: dict[str, int] = {}
+        for unit in self.units:
+            for linear in unit.linears:
+                counts[linear.kind] = counts.get(linear.kind, 0) + 1
+        return counts
+
+
+def make_plan(model: StreamedModel, spec: SpecV1, devices: Devices, *, activation_bytes: int = 0) -> Plan:
+    """Work out the plan of a run.
+
+    Args:
+        activation_bytes: size of the calibration set's hidden states at one point of the model.
+
+    Raises:
+        SchemaValidateError, UnsupportedError: the recipe asks for something that does not exist.
+    """
+    processors = [create_processor(config, f"process[{i}]") for i, config in enumerate(spec.process)]
+    savers = [create_saver(config) for config in spec.save]
+    rules = [rule for processor in processors for rule in processor.rules()]
+    linears = [linear for unit in model.units for linear in unit.linears]
+    assignments, warnings = _assign(linears, rules)
+    warnings += [note for processor in processors for note in processor.notes()]
+    kinds = {name: assignment.kind for name, assignment in assignments.items()}
+    every = {linear.name: kinds.get(linear.name, LayerKind.FLOAT) for linear in linears}
+    warnings += mixed_fusions(every) + unloadable(every)
+    if not assignments:
+        warnings.append("no linear is quantized by this recipe: the output will be a copy")
+    needs_data = any(p.observes(name, a) for name, a in assignments.items() for p in processors)
+    runner = choose_runner(spec.runner, model, devices, needs_data=needs_data)
+    forwards = (2 if spec.propagate == "quantized" else 1) if needs_data else 0
+    output = savers[0].declare(model, assignments) if savers else None
+    if output is None:
+        warnings.append("spec.save is empty: nothing will be written")
+    units = _units(model, assignments, rules, output)
+    return Plan(
+        runner=runner,
+        devices=devices,
+        processors=processors,
+        savers=savers,
+        units=units,
+        assignments=assignments,
+        output=output,
+        warnings=warnings,
+        forwards=forwards,
+        activation_bytes=activation_bytes if needs_data else 0,
+        peak_memory=_peak(model, units, runner, needs_data, activation_bytes, quantized_copy=forwards == 2),
+    )
+
+
+def _assign(linears: list[LinearInfo], rules: list[LinearRule]) -> tuple[dict[str, Assignment], list[str]]:
+    """The first rule that names a linear has it; later ones that name it too are worth a warning."""
+    assignments: dict[str, Assignment] = {}
+    twice: dict[tuple[str, str], list[str]] = {}
+    names = [linear.name for linear in linears if linear.in_block]
+    for rule in rules:
+        for name in names:
+            if not rule.filter.matches(name):
+                continue
+            if owner := assignments.get(name):
+                twice.setdefault((rule.position, owner.position), []).append(name)
+            else:
+                assignments[name] = Assignment(rule.kind, rule.position, f"spec.{rule.position}")
+    warnings = [
+        f"spec.{later} names {len(shared)} linears that spec.{first} has taken (first wins), e.g. {shared[0]}"
+        for (later, first), shared in twice.items()
+    ]
+    for rule in rules:
+        warnings += [
+            f"spec.{rule.position}.{side}: pattern {pattern!r} matches no linear of the decoder blocks"
+            for side, pattern in rule.filter.unmatched(names)
+        ]
+    return assignments, warnings
+
+
+def _why_float(linear: LinearInfo, rules: list[LinearRule]) -> str:
+    if not linear.in_block:
+        return "outside the decoder blocks"
+    excluded = [
+        f"spec.{rule.position}.exclude"
+        for rule in rules
+        if rule.filter.exclude and NameFilter(rule.filter.exclude).matches(linear.name)
+    ]
+    return f"excluded by {', '.join(excluded)}" if excluded else "named by no rule"
+
+
+def _units(
+    model: StreamedModel, assignments: Mapping[str, Assignment], rules: list[LinearRule], output: Output | None
+) -> list[PlannedUnit]:
+    written: dict[str, int] = {}
+    for tensor in output.tensors if output else ():
+        written[tensor.unit] = written.get(tensor.unit, 0) + tensor.meta.nbytes
+    units: list[PlannedUnit] = []
+    for unit in model.units:
+        linears: list[PlannedLinear] = []
+        for info in unit.linears:
+            assigned = assignments.get(info.name)
+            kind = assigned.kind if assigned else LayerKind.FLOAT
+            reason = assigned.reason if assigned else _why_float(info, rules)
+            linears.append(PlannedLinear(info.name, kind, reason, info.out_features, info.in_features))
+        units.append(PlannedUnit(unit.name, tuple(linears), unit_bytes(model, unit), written.get(unit.name, 0)))
+    return units
+
+
+def _peak(
+    model: StreamedModel,
+    units: list[PlannedUnit],
+    runner: RunnerChoice,
+    needs_data: bool,
+    activation_bytes: int,
+    quantized_copy: bool,
+) -> int:
+    """Predicted bytes beyond the imports: what is loaded at once, the codes under way, activations, the write queue."""
+    blocks = [unit.bytes_in for unit, real in zip(units, model.units, strict=True) if real.block is not None]
+    weights = [
+        (linear.out_features * linear.in_features, unit.bytes_in)
+        for unit in units
+        for linear in unit.linears
+        if linear.kind is not LayerKind.FLOAT
+    ]
+    largest_codes = max((codes for codes, _ in weights), default=0)
+    queue = min(_WRITER_QUEUE, sum(codes for codes, _ in weights))
+    if not needs_data:
+        return 2 * largest_codes + 2 * largest_codes + queue
+    resident = sum(blocks) if runner.keeps_model else max(blocks, default=0)
+    copies = max(blocks, default=0) // 2 if quantized_copy else largest_codes
+    return resident + copies + queue + activation_bytes + 8 * _MIB

@@ -1,0 +1,282 @@
+"""The run: unit after unit is loaded, observed, quantized, written and released."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from slim_core.checkpoint.header import DTYPE_NAMES
+from slim_core.checkpoint.source import LazyTensor
+from slim_core.checkpoint.staging import Staging
+from slim_core.checkpoint.writer import ShardedWriter
+from slim_core.errors import SlimError, VerificationError
+from slim_core.logging import get_logger
+from slim_core.model.units import StreamedModel, Unit
+from slim_core.processors.base import LinearWork, UnitWork
+from slim_core.progress import Progress, peak_memory, resident_memory
+from slim_core.quantization.layers import QuantizedLinear
+from slim_core.quantization.statistics import InputObserver, TensorRange
+from slim_core.runners.calibration import BlockForwards, simulated
+from slim_core.runners.plan import Plan
+from slim_core.savers.base import Output, PlannedTensor
+
+__all__ = ["LinearRecord", "RunResult", "UnitRecord", "run_plan"]
+
+_logger = get_logger(__name__)
+Inputs = Sequence[Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class LinearRecord:
+    """What happened to one linear. ``low`` and ``high`` bound its observed inputs; None if they were not observed."""
+
+    name: str
+    kind: str
+    weight_sqnr_db: float
+    low: float | None
+    high: float | None
+
+
+@dataclass(frozen=True)
+class UnitRecord:
+    """Cost and size of one unit."""
+
+    name: str
+    seconds: float
+    resident_bytes: int
+    bytes_in: int
+    bytes_out: int
+
+
+@dataclass
+class RunResult:
+    """What a run did, for the report.
+
+    Args:
+        block_forwards: forward passes of single blocks that were run.
+        peak_bytes: the most memory the process ever had.
+        base_bytes: its memory when the run began.
+    """
+
+    save_path: Path
+    linears: list[LinearRecord] = field(default_factory=list[LinearRecord])
+    units: list[UnitRecord] = field(default_factory=list[UnitRecord])
+    warnings: list[str] = field(default_factory=list[str])
+    samples: int = 0
+    block_forwards: int = 0
+    resumed_units: int = 0
+    seconds: float = 0.0
+    base_bytes: int = 0
+    peak_bytes: int = 0
+    bytes_in: int = 0
+    bytes_out: int = 0
+
+
+@dataclass
+class _Bench:
+    """The state of a run that its steps share."""
+
+    model: StreamedModel
+    plan: Plan
+    output: Output
+    writer: ShardedWriter
+    staging: Staging
+    result: RunResult
+    by_unit: dict[str, list[PlannedTensor]]
+    propagate_quantized: bool
+    block_forwards: BlockForwards | None = None
+
+    def prefetch(self, position: int) -> None:
+        if position < len(self.model.units):
+            unit = self.model.units[position]
+            assigned = {info.prefix for info in unit.linears if info.name in self.plan.assignments}
+            names = [name for name in unit.tensors.values() if self.plan.needs_data or name.rpartition(".")[0] in assigned]
+            self.model.source.prefetch(names)
+
+
+def run_plan(
+    model: StreamedModel,
+    plan: Plan,
+    save_path: Path,
+    *,
+    fingerprint: str,
+    progress: Progress,
+    calibration: Callable[[], Inputs] | None = None,
+    propagate: str = "float",
+    resume: bool = False,
+    finish: Callable[[Path, RunResult], None] | None = None,
+) -> RunResult:
+    """Carry out a plan.
+
+    Args:
+        save_path: appears when everything is written and checked.
+        fingerprint: identifies model, recipe, data and version for ``resume``.
+        calibration: gives the keyword arguments of the model for each sample; called only if the plan needs data.
+        propagate: ``float`` or ``quantized``, what a block hands to the next one during calibration.
+        finish: writes further files into the finished folder before it appears.
+
+    Raises:
+        SlimError: whatever went wrong; an interrupted run can be resumed if at least one unit was finished.
+    """
+    assert plan.output is not None
+    began = time.monotonic()
+    staging = Staging(save_path, fingerprint, resume=resume)
+    result = RunResult(
+        save_path,
+        warnings=list(plan.warnings),
+        resumed_units=len(staging.finished),
+        base_bytes=resident_memory(),
+        bytes_in=plan.bytes_in,
+        bytes_out=plan.bytes_out,
+    )
+    by_unit: dict[str, list[PlannedTensor]] = {unit.name: [] for unit in model.units}
+    for tensor in plan.output.tensors:
+        by_unit[tensor.unit].append(tensor)
+    written = [tensor.meta.name for name in staging.finished for tensor in by_unit[name]]
+    progress.start("Quantizing", {unit.name: unit.bytes_in + unit.bytes_out + 1 for unit in plan.units})
+    try:
+        with ExitStack() as stack:
+            writer = ShardedWriter(staging.folder, plan.output.shards, done=written)
+            stack.callback(writer.close)
+            bench = _Bench(model, plan, plan.output, writer, staging, result, by_unit, propagate == "quantized")
+            if plan.needs_data and calibration is not None:
+                inputs = calibration()
+                result.samples = len(inputs)
+                bench.block_forwards = stack.enter_context(BlockForwards(model, inputs, plan.devices.first))
+            with torch.no_grad():
+                _work_through(bench, progress)
+            writer.finish()
+        for saver in plan.savers[:1]:
+            saver.complete(staging.folder, model, plan.output)
+        result.seconds = time.monotonic() - began
+        result.peak_bytes = peak_memory()
+        if finish is not None:
+            finish(staging.folder, result)
+        check_shards(staging.folder, plan.output)
+        staging.commit()
+    except BaseException as error:
+        if staging.leave() and not isinstance(error, SlimError):
+            _logger.warning("interrupted; run again with --resume to continue at the unit after %s", staging.finished[-1])
+        raise
+    finally:
+        progress.stop()
+    return result
+
+
+def _work_through(bench: _Bench, progress: Progress) -> None:
+    model, plan = bench.model, bench.plan
+    if bench.block_forwards is not None:
+        bench.block_forwards.start()
+    bench.prefetch(0)
+    for position, unit in enumerate(model.units):
+        bench.prefetch(position + 1)
+        progress.begin(unit.name)
+        began = time.monotonic()
+        finished = unit.name in bench.staging.finished
+        if unit.block is not None and bench.block_forwards is not None:
+            _calibrated_block(bench, unit, bench.block_forwards, finished)
+        elif not finished:
+            _quantize(bench, unit, {})
+        if not finished:
+            planned = plan.units[position]
+            bench.result.units.append(
+                UnitRecord(
+                    unit.name, time.monotonic() - began, resident_memory(), planned.bytes_in, planned.bytes_out
+                )
+            )
+            name = unit.name
+            bench.writer.after_writing(lambda name=name: bench.staging.record(name))
+        if not plan.runner.keeps_model:
+            model.source.release(unit.tensors.values())
+        progress.done(unit.name)
+
+
+def _calibrated_block(bench: _Bench, unit: Unit, forwards: BlockForwards, finished: bool) -> None:
+    """One forward of the block for every sample; a second one only if quantized outputs are to be handed on."""
+    model, plan = bench.model, bench.plan
+    model.load(unit.parameters, plan.devices.first)
+    observer = InputObserver()
+    if not finished or bench.propagate_quantized:
+        for info in unit.linears:
+            assignment = plan.assignments.get(info.name)
+            if assignment and any(p.observes(info.name, assignment) for p in plan.processors):
+                observer.watch(info.name, model.module.get_submodule(info.name))
+    forwards.run(hand_on=not bench.propagate_quantized)
+    observer.stop()
+    layers = _quantize(bench, unit, observer.ranges, keep=bench.propagate_quantized, write=not finished)
+    if bench.propagate_quantized:
+        with simulated(model.module, layers, plan.devices.first):
+            forwards.run(hand_on=True)
+    bench.result.block_forwards = forwards.count
+    if not plan.runner.keeps_model:
+        model.unload(unit.parameters)
+
+
+def _quantize(
+    bench: _Bench, unit: Unit, ranges: Mapping[str, TensorRange], *, keep: bool = False, write: bool = True
+) -> dict[str, QuantizedLinear]:
+    """Let the processors work on a unit; finished layers go to the saver at once. Returns them if they are to be kept."""
+    model, plan, saver = bench.model, bench.plan, bench.plan.savers[0]
+    layers: dict[str, QuantizedLinear] = {}
+    if not (write or keep):
+        return layers
+
+    def finish(work: LinearWork, layer: QuantizedLinear, sqnr_db: float) -> None:
+        if write:
+            saver.write_layer(bench.writer, work.info, layer)
+            seen = ranges.get(work.info.name)
+            bench.result.linears.append(
+                LinearRecord(
+                    work.info.name,
+                    str(layer.kind),
+                    sqnr_db,
+                    seen.minimum if seen else None,
+                    seen.maximum if seen else None,
+                )
+            )
+        if keep:
+            layers[work.info.name] = layer
+        if bench.block_forwards is None:
+            work.weight.release()
+
+    linears = {
+        info.name: LinearWork(
+            info,
+            LazyTensor(model.source, model.source.meta(f"{info.prefix}.weight")),
+            model.source.load(f"{info.prefix}.bias") if info.has_bias else None,
+            plan.assignments[info.name],
+        )
+        for info in unit.linears
+        if info.name in plan.assignments
+    }
+    work = UnitWork(unit.name, linears, ranges, model.dtype, plan.devices.first, finish)
+    for processor in plan.processors:
+        processor.process(work)
+    if write:
+        untouched = [tensor for tensor in bench.by_unit[unit.name] if tensor.origin is not None]
+        saver.write_untouched(bench.writer, model, untouched)
+    return layers
+
+
+def check_shards(folder: Path, output: Output) -> None:
+    """Read the headers of the written files back with the safetensors library and hold them against the plan.
+
+    Raises:
+        VerificationError: a file does not hold exactly what was planned.
+    """
+    for shard in output.shards:
+        with safe_open(folder / shard.file_name, "pt") as file:
+            found = set(file.keys())
+            if found != {meta.name for meta in shard.tensors}:
+                raise VerificationError("the file does not hold the tensors that were planned", where=shard.file_name)
+            for meta in shard.tensors:
+                part = file.get_slice(meta.name)
+                if tuple(part.get_shape()) != meta.shape or part.get_dtype() != DTYPE_NAMES[meta.dtype]:
+                    raise VerificationError(f"tensor {meta.name!r} has another dtype or shape", where=shard.file_name)

@@ -1,0 +1,121 @@
+"""Opening a transformers model for streaming: configuration, skeleton, checkpoint."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from slim_core.checkpoint.fp8_blocks import Fp8BlockSource, fp8_block_shape
+from slim_core.checkpoint.reader import Checkpoint
+from slim_core.checkpoint.source import TensorSource
+from slim_core.errors import InvalidModelError, SecurityError, UnsupportedError
+from slim_core.model.skeleton import parameters_on_meta
+from slim_core.model.units import StreamedModel
+
+__all__ = ["open_model", "open_skeleton", "open_tokenizer", "read_config"]
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The content of ``config.json``.
+
+    Raises:
+        InvalidModelError: the file is missing or no JSON object.
+    """
+    path = folder / "config.json"
+    if not folder.is_dir():
+        raise InvalidModelError("the model folder does not exist or is not a folder", where=str(folder))
+    try:
+        config = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        raise InvalidModelError("there is no config.json", where=str(folder)) from None
+    except (OSError, ValueError) as error:
+        raise InvalidModelError(f"cannot be read as JSON: {error}", where=str(path)) from error
+    if not isinstance(config, dict):
+        raise InvalidModelError("is not a JSON object", where=str(path))
+    return config
+
+
+def open_skeleton(folder: Path, config: dict[str, Any], *, trust_remote_code: bool) -> torch.nn.Module:
+    """The model class with its parameters on ``meta``, in the dtype that the configuration names.
+
+    Raises:
+        SecurityError: the model brings its own code and that is not trusted.
+        UnsupportedError: transformers does not know this ``model_type``.
+        InvalidModelError: the configuration does not make a model.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    if config.get("auto_map") and not trust_remote_code and not _is_known(config):
+        raise SecurityError(
+            "this model needs Python code that ships with it",
+            where=str(folder / "config.json"),
+            remedy="read that code, then pass --trust_remote_code True",
+        )
+    if not config.get("auto_map") and not _is_known(config):
+        raise UnsupportedError(
+            f"this transformers does not know model_type {config.get('model_type')!r}",
+            where=str(folder / "config.json"),
+            remedy="upgrade transformers, or check the file",
+        )
+    try:
+        parsed = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
+        if hasattr(parsed, "quantization_config"):
+            del parsed.quantization_config  # weights are decoded while they are read
+        with parameters_on_meta():
+            return AutoModelForCausalLM.from_config(parsed, trust_remote_code=trust_remote_code, dtype=parsed.dtype)
+    except (ValueError, KeyError, TypeError, OSError, ImportError, AttributeError) as error:
+        raise InvalidModelError(
+            f"transformers cannot build the model: {type(error).__name__}: {error}", where=str(folder / "config.json")
+        ) from error
+
+
+def _is_known(config: dict[str, Any]) -> bool:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    return config.get("model_type") in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+
+def open_model(folder: Path, *, trust_remote_code: bool = False) -> StreamedModel:
+    """A causal language model ready to be streamed.
+
+    Raises:
+        SlimError: see :func:`open_skeleton`, :class:`Checkpoint` and :class:`StreamedModel`.
+    """
+    config = read_config(folder)
+    quantization = config.get("quantization_config")
+    block = fp8_block_shape(config)
+    if quantization and block is None:
+        raise UnsupportedError(
+            f"the source is already quantized ({quantization.get('quant_method', 'unknown method')})",
+            where=str(folder / "config.json"),
+            remedy="start from the floating-point checkpoint or a block-quantised FP8 one",
+        )
+    if (folder / "quant_model_description.json").exists():
+        raise UnsupportedError(
+            "this folder holds a quantized ascendv1 checkpoint", where=str(folder), remedy="start from the original"
+        )
+    source: TensorSource = Checkpoint(folder)
+    if block is not None:
+        source = Fp8BlockSource(source, block)
+    module = open_skeleton(folder, config, trust_remote_code=trust_remote_code)
+    return StreamedModel(module, source, folder, config)
+
+
+def open_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
+    """The model's tokenizer, from local files only.
+
+    Raises:
+        InvalidModelError: there is none, or it cannot be read.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
+    except (ValueError, KeyError, TypeError, OSError, ImportError, AttributeError) as error:
+        raise InvalidModelError(
+            f"the tokenizer cannot be loaded: {type(error).__name__}: {error}",
+            where=str(folder),
+            remedy="copy the tokenizer files into the model folder",
+        ) from error
