@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
+from functools import cache
+from typing import TYPE_CHECKING
 
 from slim_core.errors import EnvVarError
 
-__all__ = ["LOG_LEVEL_VARIABLE", "get_logger", "level_from_environment", "set_up_logging"]
+if TYPE_CHECKING:
+    from rich.console import Console
+
+__all__ = ["LOG_LEVEL_VARIABLE", "error_console", "get_logger", "level_from_environment", "set_up_logging"]
 
 LOG_LEVEL_VARIABLE = "MSMODELSLIM_LOG_LEVEL"
 _LEVELS = {"INFO": logging.INFO, "DEBUG": logging.DEBUG}
@@ -34,13 +40,24 @@ def level_from_environment() -> int:
 
 
 def set_up_logging(level: int | None = None) -> None:
-    """Send Slim's log lines to standard error through rich. Only commands call this; a library never does."""
-    from rich.console import Console
-    from rich.logging import RichHandler
+    """Send Slim's log lines to standard error: through rich on a terminal, plain elsewhere. Only commands call this."""
+    if sys.stderr.isatty():
+        from rich.logging import RichHandler
 
-    handler = RichHandler(console=Console(stderr=True), show_path=False, rich_tracebacks=False, markup=False)
-    handler.setFormatter(logging.Formatter("%(message)s"))
+        handler: logging.Handler = RichHandler(console=error_console(), show_path=False, markup=False)
+        handler.setFormatter(logging.Formatter("%(message)s"))
+    else:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S"))
     root = logging.getLogger("slim")
     root.handlers = [handler]
     root.propagate = False
     root.setLevel(level_from_environment() if level is None else level)
+
+
+@cache
+def error_console() -> Console:
+    """The one rich console on standard error, shared so that log lines do not tear a live display."""
+    from rich.console import Console
+
+    return Console(stderr=True)

@@ -8,7 +8,7 @@ import time
 from collections.abc import Mapping
 from typing import Protocol
 
-from slim_core.logging import get_logger
+from slim_core.logging import error_console, get_logger
 
 __all__ = ["PlainProgress", "Progress", "RichProgress", "SilentProgress", "peak_memory", "resident_memory", "show_progress"]
 
@@ -108,7 +108,6 @@ class RichProgress:
     """A live bar with the unit at work, time left and memory."""
 
     def start(self, title: str, steps: Mapping[str, int]) -> None:
-        from rich.console import Console
         from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
         self._steps = steps
@@ -120,7 +119,7 @@ class RichProgress:
             TextColumn("ETA"),
             TimeRemainingColumn(elapsed_when_finished=False),
             TextColumn("{task.fields[memory]}  {task.fields[unit]}"),
-            console=Console(stderr=True),
+            console=error_console(),
         )
         self._task = self._bar.add_task(title, total=sum(steps.values()) or 1, unit="", memory="")
         self._bar.start()

@@ -76,6 +76,10 @@ class Service(Protocol):
         """Folders of the practice library that this service brings along."""
         ...
 
+    def pedigree(self, model_type: str) -> str | None:
+        """The folder of the practice library that a model name belongs to, None if this service does not know it."""
+        ...
+
     def handles(self, model_path: Path) -> bool:
         """Whether the model in this folder is one of this service's."""
         ...

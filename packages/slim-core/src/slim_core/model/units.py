@@ -64,6 +64,7 @@ class StreamedModel:
         config: the content of its ``config.json``.
         blocks_name: dotted name of the block list; found by size if not given.
         tensor_name: turns a parameter name into the checkpoint's name for it, where the two differ.
+        skip: checkpoint tensors that are not read through this model (those of quantized linears).
 
     Raises:
         InvalidModelError: a parameter has no tensor, or one of another shape.
@@ -75,6 +76,7 @@ class StreamedModel:
     config: dict[str, Any]
     blocks_name: str = ""
     tensor_name: Callable[[str], str] = str
+    skip: frozenset[str] = frozenset()
     units: list[Unit] = field(default_factory=list[Unit], init=False)
 
     def __post_init__(self) -> None:
@@ -111,6 +113,8 @@ class StreamedModel:
         for name, tensor in self._shapes.items():
             stored = self.tensor_name(name)
             owner = first_of.setdefault(id(tensor), name)
+            if stored in self.skip:
+                continue
             if stored in self.source:
                 names[name] = stored
             elif owner in names and owner != name:

@@ -178,7 +178,7 @@ class PracticeLibrary:
         return self._read[pedigree]
 
     def _folders_of(self, pedigree: str) -> list[Path]:
-        if not pedigree or Path(pedigree).name != pedigree:
+        if pedigree in ("", "..") or Path(pedigree).name != pedigree:
             return []
         return [folder / pedigree for folder in self.folders if (folder / pedigree).is_dir()]
 
@@ -212,9 +212,9 @@ def _question(
     practice: Practice, model_type: str, wanted: QuantType, tags: Sequence[str], lead: str, standby: bool = False
 ) -> str:
     if practice.pedigree == DEFAULT_PEDIGREE:
-        state = f"The general {wanted.name} practice {practice.config_id!r} is not verified for {model_type}."
+        state = f"The {wanted.name} practice {practice.config_id!r} fits any model but was not made for {model_type}."
     elif standby:
-        state = f"Practice {practice.config_id!r} is verified for {model_type}, but not with {' + '.join(tags)}."
+        state = f"Practice {practice.config_id!r} fits {model_type}, but is not verified with {' + '.join(tags)}."
     else:
-        state = f"Practice {practice.config_id!r} is verified for {model_type}."
+        state = f"Practice {practice.config_id!r} fits {model_type}."
     return f"{lead}{state} Quantize with {practice.config_id!r}?"

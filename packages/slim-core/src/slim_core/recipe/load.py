@@ -89,8 +89,19 @@ def dump_recipe(recipe: Recipe, spec: BaseModel | None = None) -> str:
 
 
 class _Dumper(yaml.SafeDumper):
+    """Writes aliases out, and quotes the line ends of Unicode, which PyYAML would turn into blanks."""
+
     def ignore_aliases(self, data: Any) -> bool:
         return True
+
+    def represent_text(self, text: str) -> yaml.ScalarNode:
+        return cast("Any", self).represent_scalar(
+            "tag:yaml.org,2002:str", text, style='"' if _BREAKS & set(text) else None
+        )
+
+
+_BREAKS = set("\r\x85\u2028\u2029")
+_Dumper.add_representer(str, _Dumper.represent_text)
 
 
 def _recipe(document: Document) -> Recipe:

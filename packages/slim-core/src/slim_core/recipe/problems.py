@@ -34,7 +34,7 @@ def validate(model: type[M], data: Any, *, document: Document, at: Location) -> 
     try:
         return model.model_validate(data)
     except ValidationError as error:
-        found = [_problem(details, model, data, document, at) for details in error.errors(include_url=False)]
+        found = [_problem(details, model, data, document, at) for details in _causes(error)]
         found.sort(key=lambda problem: problem[0])
         lines = [f"{where}: {what}" for _, where, what in found]
         raise SchemaValidateError("\n".join(dict.fromkeys(lines))) from None
@@ -47,6 +47,18 @@ def dotted(loc: Location) -> str:
     """A location as a reader writes it: ``spec.process[0].qconfig``."""
     text = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in loc)
     return text.removeprefix(".")
+
+
+def _causes(error: ValidationError) -> list[ErrorDetails]:
+    """The errors without those that merely follow from others: of a container because of what is wrong inside it,
+    of a default that depends on a field which is wrong itself."""
+    details = [one for one in error.errors(include_url=False) if one["type"] != "default_factory_not_called"]
+    places = [one["loc"] for one in details]
+    return [
+        one
+        for one in details
+        if not any(len(loc) > len(one["loc"]) and loc[: len(one["loc"])] == one["loc"] for loc in places)
+    ]
 
 
 def _problem(
@@ -74,7 +86,8 @@ def _real_steps(loc: Sequence[str | int], data: Any, *, missing_leaf: bool) -> L
 
 
 def _words(details: ErrorDetails, kind: str, loc: Location, model: type[BaseModel], data: Any) -> str:
-    message, value = details["msg"], details["input"]
+    message = details["msg"]
+    value: Any = details["input"]
     if kind == "missing":
         return "required field is missing"
     if kind == "extra_forbidden":
@@ -92,6 +105,8 @@ def _words(details: ErrorDetails, kind: str, loc: Location, model: type[BaseMode
     if kind in ("tuple_type", "list_type"):
         return f"got {kind_of(value)}; must be a list"
     message = re.sub(r"^(Input|String|Tuple|List|Dictionary) should", "must", message)
+    if kind_of(value) in ("a mapping", "a list") and not message.startswith("must"):
+        return message  # a check of several fields together, which says itself what it met
     return f"got {kind_of(value)}; {message}"
 
 

@@ -45,6 +45,7 @@ class BlockForwards:
         self._device = device
         self._samples = len(inputs)
         self._forward = SuspendedForward(model.module, model.blocks, inputs)
+        self._last: list[Any] = []
         self.count = 0
 
     def __enter__(self) -> BlockForwards:
@@ -81,6 +82,16 @@ class BlockForwards:
             output = self.compute(self._forward.call(sample))
             if hand_on and self._forward.call(sample).block < last:
                 self._forward.resume(sample, output)
+
+    def run_to_end(self) -> None:
+        """Run the last block for every sample and keep its outputs; :meth:`finish` runs what comes after."""
+        self._last = [self.compute(self._forward.call(sample)) for sample in range(self._samples)]
+
+    def finish(self, sample: int) -> Any:
+        """The output of the whole model for one sample, after :meth:`run_to_end`."""
+        self._forward.resume(sample, self._last[sample])
+        output, self._forward.outputs[sample], self._last[sample] = self._forward.outputs[sample], None, None
+        return output
 
 
 def layer_to(layer: QuantizedLinear, device: torch.device) -> QuantizedLinear:

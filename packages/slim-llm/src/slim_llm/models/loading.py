@@ -14,7 +14,7 @@ from slim_core.errors import InvalidModelError, SecurityError, UnsupportedError
 from slim_core.model.skeleton import parameters_on_meta
 from slim_core.model.units import StreamedModel
 
-__all__ = ["open_model", "open_skeleton", "open_tokenizer", "read_config"]
+__all__ = ["is_causal_lm", "open_model", "open_skeleton", "open_tokenizer", "read_config"]
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -47,13 +47,13 @@ def open_skeleton(folder: Path, config: dict[str, Any], *, trust_remote_code: bo
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    if config.get("auto_map") and not trust_remote_code and not _is_known(config):
+    if config.get("auto_map") and not trust_remote_code and not is_causal_lm(config):
         raise SecurityError(
             "this model needs Python code that ships with it",
             where=str(folder / "config.json"),
             remedy="read that code, then pass --trust_remote_code True",
         )
-    if not config.get("auto_map") and not _is_known(config):
+    if not config.get("auto_map") and not is_causal_lm(config):
         raise UnsupportedError(
             f"this transformers does not know model_type {config.get('model_type')!r}",
             where=str(folder / "config.json"),
@@ -71,7 +71,8 @@ def open_skeleton(folder: Path, config: dict[str, Any], *, trust_remote_code: bo
         ) from error
 
 
-def _is_known(config: dict[str, Any]) -> bool:
+def is_causal_lm(config: dict[str, Any]) -> bool:
+    """Whether transformers has a causal language model for this configuration."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     return config.get("model_type") in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES

@@ -1,0 +1,1 @@
+"""Seeing that it worked: perplexity, divergence, verification, the report."""

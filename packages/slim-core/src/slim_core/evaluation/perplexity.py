@@ -1,0 +1,158 @@
+"""Perplexity of a model and of its quantized files, streamed block by block.
+
+Original and quantized model advance together, so the weights of one block of each are in memory at a time, and their
+logits can be compared token by token. Quantized linears compute what the target's integer arithmetic computes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from slim_core.errors import InvalidModelError
+from slim_core.model.units import StreamedModel, Unit
+from slim_core.progress import Progress
+from slim_core.quantization.layers import QuantizedLinear
+from slim_core.runners.calibration import BlockForwards, simulated
+from slim_core.savers.ascendv1_folder import AscendV1Folder
+
+__all__ = ["EvalResult", "evaluate"]
+
+_CHUNK = 256
+
+
+@dataclass
+class EvalResult:
+    """Scores over all predicted tokens.
+
+    Args:
+        perplexity: of the original model.
+        quantized_perplexity: of the written files; None if only the original was scored.
+        kl_divergence: mean over tokens of KL(original || quantized), in nats.
+        top1_agreement: share of tokens for which both put the same token first.
+    """
+
+    tokens: int
+    perplexity: float
+    quantized_perplexity: float | None = None
+    kl_divergence: float | None = None
+    top1_agreement: float | None = None
+
+    @property
+    def ratio(self) -> float | None:
+        """Quantized over original perplexity."""
+        return None if self.quantized_perplexity is None else self.quantized_perplexity / self.perplexity
+
+
+@dataclass
+class _Sums:
+    tokens: int = 0
+    loss: float = 0.0
+    quantized_loss: float = 0.0
+    divergence: float = 0.0
+    agreement: int = 0
+
+
+def evaluate(
+    model: StreamedModel,
+    inputs: Sequence[Mapping[str, Any]],
+    device: torch.device,
+    progress: Progress,
+    quantized: tuple[StreamedModel, AscendV1Folder] | None = None,
+) -> EvalResult:
+    """Score token windows.
+
+    Args:
+        inputs: keyword arguments of the model; ``input_ids`` ``(1, tokens)``.
+        quantized: the same model over the written files, and the folder that says which layers are quantized.
+
+    Raises:
+        InvalidModelError: the model returns no logits.
+    """
+    sums = _Sums()
+    names = {unit.name: 1 for unit in model.units if unit.block is not None}
+    progress.start("Evaluating", names | {"head": 1})
+    try:
+        with torch.no_grad(), ExitStack() as stack:
+            runs = [stack.enter_context(BlockForwards(model, inputs, device))]
+            if quantized is not None:
+                runs.append(stack.enter_context(BlockForwards(quantized[0], inputs, device)))
+            for run in runs:
+                run.start()
+            blocks = [unit for unit in model.units if unit.block is not None]
+            for unit in blocks:
+                progress.begin(unit.name)
+                last = unit is blocks[-1]
+                _run_block(model, unit, runs[0], device, {}, last)
+                if quantized is not None:
+                    layers = _layers_of(unit, quantized[1])
+                    _run_block(quantized[0], unit, runs[1], device, layers, last)
+                progress.done(unit.name)
+            progress.begin("head")
+            for sample, given in enumerate(inputs):
+                logits = [_logits(run.finish(sample)) for run in runs]
+                _score(given["input_ids"], logits, sums)
+            progress.done("head")
+    finally:
+        progress.stop()
+    if not sums.tokens:
+        raise InvalidModelError("there is nothing to score", remedy="give a longer text or a smaller --sequence_length")
+    result = EvalResult(sums.tokens, math.exp(sums.loss / sums.tokens))
+    if quantized is not None:
+        result.quantized_perplexity = math.exp(sums.quantized_loss / sums.tokens)
+        result.kl_divergence = sums.divergence / sums.tokens
+        result.top1_agreement = sums.agreement / sums.tokens
+    return result
+
+
+def _layers_of(unit: Unit, folder: AscendV1Folder) -> dict[str, QuantizedLinear]:
+    found = {info.name: folder.layer(info.prefix) for info in unit.linears}
+    return {name: layer for name, layer in found.items() if layer is not None}
+
+
+def _run_block(
+    model: StreamedModel,
+    unit: Unit,
+    run: BlockForwards,
+    device: torch.device,
+    layers: Mapping[str, QuantizedLinear],
+    last: bool,
+) -> None:
+    replaced = tuple(f"{name}." for name in layers)
+    names = [name for name in unit.parameters if not name.startswith(replaced)]
+    model.load(names, device)
+    with simulated(model.module, layers, device):
+        if last:
+            run.run_to_end()
+        else:
+            run.run(hand_on=True)
+    model.unload(names)
+    model.source.release(unit.tensors.values())
+
+
+def _logits(output: Any) -> Tensor:
+    logits = getattr(output, "logits", None)
+    if logits is None:
+        raise InvalidModelError(f"the model returned {type(output).__name__}, which has no logits")
+    return logits
+
+
+def _score(tokens: Tensor, logits: list[Tensor], sums: _Sums) -> None:
+    """Add one window; float32 over runs of tokens, so that a large vocabulary needs little memory."""
+    targets = tokens[0, 1:]
+    for start in range(0, len(targets), _CHUNK):
+        target = targets[start : start + _CHUNK]
+        first, *others = (functional.log_softmax(part[0, start : start + len(target)].float(), -1) for part in logits)
+        sums.tokens += len(target)
+        sums.loss += float(functional.nll_loss(first, target, reduction="sum"))
+        for other in others:
+            sums.quantized_loss += float(functional.nll_loss(other, target, reduction="sum"))
+            sums.divergence += float((first.exp() * (first - other)).sum())
+            sums.agreement += int((first.argmax(-1) == other.argmax(-1)).sum())

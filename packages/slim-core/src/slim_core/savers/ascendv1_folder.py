@@ -1,0 +1,112 @@
+"""Reading an ascendv1 folder back: which layers are quantized, and the layers themselves."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from slim_core.checkpoint.reader import Checkpoint
+from slim_core.errors import InvalidModelError, UnsupportedError, VerificationError
+from slim_core.quantization.kinds import LayerKind
+from slim_core.quantization.layers import QuantizedLinear, W8A8Dynamic, W8A8Static, W8A16
+from slim_core.savers.ascendv1 import DESCRIPTION_FILE, INDEX_FILE
+
+__all__ = ["GLOBAL_KEYS", "AscendV1Folder"]
+
+GLOBAL_KEYS = frozenset(
+    {"version", "model_quant_type", "metadata", "group_size", "optional", "kv_cache_type", "kv_quant_type"}
+    | {"fa_quant_type", "indexer_quant_type", "is_rot_used", "reduce_quant_type"}
+)
+
+
+class AscendV1Folder:
+    """A folder that ``slim quant`` (or the reference tool) wrote.
+
+    Args:
+        folder: holds ``quant_model_description.json`` and the weights.
+
+    Raises:
+        InvalidModelError: the description or the weights are missing or malformed.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        path = folder / DESCRIPTION_FILE
+        try:
+            description = json.loads(path.read_text("utf-8"))
+        except FileNotFoundError:
+            raise InvalidModelError(
+                f"there is no {DESCRIPTION_FILE}", where=str(folder), remedy="point to a folder that slim quant wrote"
+            ) from None
+        except (OSError, ValueError) as error:
+            raise InvalidModelError(f"cannot be read as JSON: {error}", where=str(path)) from error
+        if not isinstance(description, dict):
+            raise InvalidModelError("is not a JSON object", where=str(path))
+        self.description: dict[str, Any] = description
+        self.source = Checkpoint(folder, INDEX_FILE if (folder / INDEX_FILE).exists() else None)
+
+    @property
+    def types(self) -> dict[str, str]:
+        """The type of every tensor that the description names."""
+        return {key: str(value) for key, value in self.description.items() if self._is_tensor(key)}
+
+    @staticmethod
+    def _is_tensor(key: str) -> bool:
+        return key not in GLOBAL_KEYS and not key.endswith(".quant_type")
+
+    def layers(self) -> Iterator[tuple[str, str]]:
+        """Module prefix and type of every quantized linear."""
+        for name, kind in self.types.items():
+            if name.endswith(".weight") and kind != LayerKind.FLOAT:
+                yield name.removesuffix(".weight"), kind
+
+    def layer(self, prefix: str) -> QuantizedLinear | None:
+        """The quantized linear of this name, None if it is a float one.
+
+        Raises:
+            UnsupportedError: its type is not known here.
+            VerificationError: one of its tensors is missing.
+        """
+        kind = self.types.get(f"{prefix}.weight", str(LayerKind.FLOAT))
+        match kind:
+            case LayerKind.FLOAT:
+                return None
+            case LayerKind.W8A8:
+                return W8A8Static(
+                    weight=self._part(prefix, "weight"),
+                    deq_scale=decode_deq_scale(self._part(prefix, "deq_scale")),
+                    quant_bias=self._part(prefix, "quant_bias"),
+                    input_scale=self._part(prefix, "input_scale").float(),
+                    input_offset=self._part(prefix, "input_offset").float(),
+                    bias=self._bias(prefix),
+                )
+            case LayerKind.W8A8_DYNAMIC:
+                scale = self._part(prefix, "weight_scale").float()
+                return W8A8Dynamic(self._part(prefix, "weight"), scale, self._bias(prefix))
+            case LayerKind.W8A16:
+                scale, offset = self._part(prefix, "weight_scale").float(), self._part(prefix, "weight_offset").float()
+                return W8A16(self._part(prefix, "weight"), scale, offset, self._bias(prefix))
+            case _:
+                raise UnsupportedError(f"layers of type {kind!r} cannot be read", where=prefix)
+
+    def _part(self, prefix: str, part: str) -> Tensor:
+        name = f"{prefix}.{part}"
+        if name not in self.source:
+            raise VerificationError("the tensor is missing", where=name)
+        return self.source.load(name)
+
+    def _bias(self, prefix: str) -> Tensor | None:
+        name = f"{prefix}.bias"
+        return self.source.load(name) if name in self.source else None
+
+
+def decode_deq_scale(stored: Tensor) -> Tensor:
+    """The float32 values of a ``deq_scale`` that is stored as float32 or as its bits in int64."""
+    if stored.dtype == torch.float32:
+        return stored
+    return stored.to(torch.int32).view(torch.float32)

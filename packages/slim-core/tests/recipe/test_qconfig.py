@@ -1,0 +1,114 @@
+from __future__ import annotations
+
+from typing import ClassVar
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from slim_core.recipe import ActConfig, LinearQConfig, QConfig, WeightConfig
+from slim_core.recipe.qconfig import METHODS, Ext
+
+
+def test_documented_defaults():
+    act, weight = ActConfig(), WeightConfig()
+    assert (act.dtype, act.scope, act.symmetric, act.method, act.ext) == ("int8", "per_tensor", False, "minmax", {})
+    assert (weight.dtype, weight.scope, weight.symmetric, weight.method) == ("int8", "per_channel", True, "minmax")
+
+
+@pytest.mark.parametrize(
+    ("given", "symmetric"),
+    [
+        ({"scope": "per_token"}, True),
+        ({"scope": "per_block"}, True),
+        ({"scope": "per_head"}, True),
+        ({"scope": "dual_scale", "dtype": "mxfp4"}, True),
+        ({"scope": "pd_mix"}, False),
+        ({"scope": "per_channel"}, False),
+        ({"dtype": "fp8_e4m3"}, True),
+        ({"scope": "per_token", "symmetric": False}, False),
+    ],
+)
+def test_symmetric_follows_the_scope_unless_given(given, symmetric):
+    assert ActConfig.model_validate(given).symmetric is symmetric
+
+
+def test_the_bare_leaf_has_no_defaults():
+    with pytest.raises(ValidationError) as caught:
+        QConfig.model_validate({})
+    assert {error["loc"] for error in caught.value.errors()} == {("dtype",), ("scope",), ("symmetric",), ("method",)}
+
+
+@pytest.mark.parametrize("act", [None, {"dtype": "float"}, {"dtype": "float", "scope": "per_tensor", "method": "none"}])
+def test_float_activations_have_one_form(act):
+    assert LinearQConfig.model_validate({"act": act, "weight": {}}).act is None
+    assert LinearQConfig.model_validate({"weight": {}}).act is None
+
+
+def test_configurations_are_immutable():
+    with pytest.raises(ValidationError, match="frozen"):
+        WeightConfig().dtype = "int4"  # pyright: ignore
+
+
+def test_ext_takes_numbers_in_the_spelling_of_yaml_1_1():
+    config = WeightConfig.model_validate({"method": "gptq", "ext": {"percdamp": "1e-2", "block_size": 64}})
+    assert config.ext == {"percdamp": 0.01, "block_size": 64}
+    assert config.warnings() == []
+
+
+@pytest.mark.parametrize(
+    ("ext", "place"),
+    [
+        ({"percdamp": 0}, ("ext", "percdamp")),
+        ({"percdamp": True}, ("ext", "percdamp")),
+        ({"step": 1.5}, ("ext", "step")),
+        ({"step": True}, ("ext", "step")),
+        ({"enable_search": "False"}, ("ext", "enable_search")),
+        ({"ceil_x_value": 20}, ("ext", "ceil_x_value")),
+        ({"aggregation_type": "median"}, ("ext", "aggregation_type")),
+        ({"percentile": 101}, ("ext", "percentile")),
+        ({"percdmp": 1}, ("ext", "percdmp")),
+        ({"search_min": 9, "search_max": 8}, ()),
+        ({"search_min": 12}, ()),
+    ],
+)
+def test_ext_values_are_checked(ext, place):
+    with pytest.raises(ValidationError) as caught:
+        WeightConfig.model_validate({"method": "ceil_x", "ext": ext})
+    assert [error["loc"] for error in caught.value.errors()] == [place]
+
+
+def test_keys_without_effect_are_warned_about():
+    config = LinearQConfig.model_validate(
+        {
+            "act": {"scope": "per_token", "ext": {"aggregation_type": "mean"}},
+            "weight": {"method": "ssz", "ext": {"group_size": 64, "step": 10, "percdamp": 0.1}},
+        }
+    )
+    assert config.warnings() == [
+        "act.ext.aggregation_type has no effect with method minmax and scope per_token",
+        "weight.ext.percdamp has no effect with method ssz and scope per_channel",
+        "weight.ext.group_size has no effect with method ssz and scope per_channel",
+    ]
+    grouped = WeightConfig.model_validate({"scope": "per_group", "method": "ssz", "ext": {"group_size": 64}})
+    assert grouped.warnings() == []
+
+
+def test_every_key_belongs_to_a_method():
+    assert set(Ext.__annotations__) == {key for keys in METHODS.values() for key in keys}
+
+
+def test_a_processor_can_bring_its_own_methods():
+    class Mine(WeightConfig):
+        methods: ClassVar = {**METHODS, "mine": frozenset({"step"})}
+
+    assert Mine(method="mine", ext={"step": 3}).warnings() == []
+    with pytest.raises(ValidationError):
+        WeightConfig(method="mine")
+
+
+@given(st.builds(lambda **fields: fields, scope=st.sampled_from(["per_tensor", "per_token", "pd_mix", "per_block"])))
+def test_a_dumped_configuration_is_the_same_again(fields):
+    config = ActConfig.model_validate(fields)
+    assert ActConfig.model_validate(config.model_dump()) == config

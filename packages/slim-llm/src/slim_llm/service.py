@@ -1,0 +1,52 @@
+"""The service behind ``modelslim_v1``. Light to import: torch and transformers are loaded when work begins."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from slim_llm.models.registry import UNKNOWN_PEDIGREE, pedigree_of
+from slim_llm.resources import PRACTICE_FOLDER
+
+if TYPE_CHECKING:
+    from slim_core.evaluation.perplexity import EvalResult
+    from slim_core.progress import Progress
+    from slim_core.recipe import Recipe
+    from slim_core.runners.plan import Plan
+    from slim_core.runners.run import RunResult
+    from slim_core.service import EvalRequest, QuantRequest
+
+__all__ = ["LlmService"]
+
+
+class LlmService:
+    """Serves ``modelslim_v1``: text models, quantized layer by layer."""
+
+    apiversion = "modelslim_v1"
+
+    def practice_folders(self) -> list[Path]:
+        return [PRACTICE_FOLDER]
+
+    def pedigree(self, model_type: str) -> str | None:
+        found = pedigree_of(model_type)
+        return None if found == UNKNOWN_PEDIGREE else found
+
+    def handles(self, model_path: Path) -> bool:
+        from slim_llm.models.loading import is_causal_lm, read_config
+
+        return is_causal_lm(read_config(model_path))
+
+    def plan(self, request: QuantRequest, recipe: Recipe) -> Plan:
+        from slim_llm.quantize import plan
+
+        return plan(request, recipe)
+
+    def quantize(self, request: QuantRequest, recipe: Recipe, progress: Progress) -> RunResult:
+        from slim_llm.quantize import quantize
+
+        return quantize(request, recipe, progress)
+
+    def evaluate(self, request: EvalRequest, progress: Progress) -> EvalResult:
+        from slim_llm.quantize import score
+
+        return score(request, progress)
