@@ -25,7 +25,17 @@ def resident_memory() -> int:
 
 
 def peak_memory() -> int:
-    """The most bytes of this process that were ever in memory at once."""
+    """The most bytes of this process that were ever in memory at once.
+
+    From ``VmHWM``: ``ru_maxrss`` would also count the process that started this one.
+    """
+    try:
+        with open("/proc/self/status", encoding="ascii") as stream:
+            for line in stream:
+                if line.startswith("VmHWM:"):
+                    return int(line.split()[1]) * 1024
+    except OSError:
+        pass
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 

@@ -24,7 +24,7 @@ from slim_core.errors import EnvError, UnexpectedError
 __all__ = ["Shard", "ShardedWriter", "lay_out"]
 
 FILE_MODE = 0o600
-_QUEUE_BYTES = 64 << 20
+_QUEUE_BYTES = 16 << 20
 _COPY_CHUNK = 64 << 20
 
 

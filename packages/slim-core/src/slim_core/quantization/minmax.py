@@ -9,13 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from slim_core.errors import InvalidModelError
-from slim_core.quantization.affine import affine_parameters
+from slim_core.quantization.affine import EPSILON, affine_parameters
 
 __all__ = ["QuantizedWeight", "RowSource", "minmax_per_channel"]
 
@@ -60,10 +61,11 @@ def _quantize_rows(rows: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, Te
     if symmetric:
         largest = magnitudes(rows)
         scale, offset = affine_parameters(-largest, largest, bits, symmetric=True)
-        steps = torch.div(rows, scale, out=torch.empty(rows.shape, device=rows.device))
-        return steps, scale, offset
-    scale, offset = affine_parameters(rows.amin(1, keepdim=True), rows.amax(1, keepdim=True), bits, symmetric=False)
-    return rows.float().div_(scale).add_(offset), scale, offset
+    else:
+        scale, offset = affine_parameters(rows.amin(1, keepdim=True), rows.amax(1, keepdim=True), bits, symmetric=False)
+    # Into memory of its own: float32 rows are the mapped file itself.
+    steps = torch.div(rows, scale, out=torch.empty(rows.shape, device=rows.device))
+    return steps if symmetric else steps.add_(offset), scale, offset
 
 
 def minmax_per_channel(
@@ -81,6 +83,10 @@ def minmax_per_channel(
         InvalidModelError: the weight holds NaN or infinity.
     """
     out, width = weight.shape
+    if not out or not width:
+        return QuantizedWeight(
+            torch.empty(out, width, dtype=torch.int8), torch.full((out, 1), EPSILON), torch.zeros(out, 1), float("inf")
+        )
     codes = torch.empty(out, width, dtype=torch.int8)
     scale, offset = torch.empty(out, 1), torch.empty(out, 1)
     half = 2 ** (bits - 1)
@@ -99,9 +105,7 @@ def minmax_per_channel(
         offset[start:stop].copy_(z)
         if not sampled:
             return 0.0, 0.0
-        noise = ((exact - rounded).square_().sum(1, keepdim=True) * s.square()).sum()
-        signal = ((exact - z).square_().sum(1, keepdim=True) * s.square()).sum()
-        return float(signal), float(noise)
+        return _energy(exact - z, s), _energy(exact - rounded, s)
 
     energies = _for_each_block(work, range(0, out, block))
     if not bool(torch.isfinite(scale).all()):
@@ -112,20 +116,25 @@ def minmax_per_channel(
     return QuantizedWeight(codes, scale, offset, decibels(energies))
 
 
+def _energy(steps: Tensor, scale: Tensor) -> float:
+    """Sum of ``(steps * scale)^2``; the squares of large weights do not fit a float32."""
+    return float((steps.square_().sum(1, keepdim=True).cpu().double() * scale.cpu().double().square()).sum())
+
+
 def decibels(energies: list[tuple[float, float]]) -> float:
     """``10 log10(signal / noise)`` of summed energies; infinite without noise."""
     signal, noise = (sum(pair) for pair in zip(*energies, strict=True))
     return float(10 * torch.log10(torch.tensor(signal / noise))) if noise > 0 else float("inf")
 
 
+@cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    """Threads for row blocks, kept for the life of the process; each computes alone, so blocks run side by side."""
+    return ThreadPoolExecutor(threads, "slim-rows", initializer=torch.set_num_threads, initargs=(1,))
+
+
 def _for_each_block(work: Callable[[int], tuple[float, float]], starts: range) -> list[tuple[float, float]]:
-    threads = min(torch.get_num_threads(), len(starts))
-    if threads <= 1:
+    threads = torch.get_num_threads()
+    if threads <= 1 or len(starts) <= 1:
         return [work(start) for start in starts]
-
-    def alone(start: int) -> tuple[float, float]:
-        torch.set_num_threads(1)  # OpenMP keeps this per thread: blocks run side by side instead
-        return work(start)
-
-    with ThreadPoolExecutor(threads) as pool:
-        return list(pool.map(alone, starts))
+    return list(_pool(threads).map(work, starts))

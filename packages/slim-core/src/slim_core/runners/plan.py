@@ -16,7 +16,7 @@ from slim_core.savers.loaders import mixed_fusions, unloadable
 
 __all__ = ["Plan", "PlannedLinear", "PlannedUnit", "make_plan"]
 
-_WRITER_QUEUE = 64 << 20
+_WRITER_QUEUE = 16 << 20
 _MIB = 1 << 20
 
 

@@ -1,0 +1,86 @@
+"""Running a quantization as a process of its own and reading what it took."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+__all__ = ["Cost", "quantize", "run_python", "show"]
+
+_WORKER = """
+import json, resource, sys
+import slim_llm.quantize, transformers
+from slim_core.dispatch import choose_recipe
+from slim_core.progress import SilentProgress, peak_memory, resident_memory
+from slim_core.service import QuantRequest
+model, out, recipe = sys.argv[1:4]
+imports = resident_memory()
+request = QuantRequest(
+    model_path=model, save_path=out, model_type="benchmark", config_path=recipe, device="cpu", overwrite=True
+)
+chosen, service = choose_recipe(request, lambda question: True)
+result = service.quantize(request, chosen, SilentProgress())
+told = {"imports": imports, "peak": peak_memory()}
+print(json.dumps({**told, "run_seconds": result.seconds, "forwards": result.block_forwards}))
+"""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a whole process took. Memory in MiB; ``growth`` is the peak beyond what was resident after the imports."""
+
+    wall: float
+    cpu: float
+    peak: float
+    growth: float
+    run_seconds: float
+    forwards: int
+
+
+def run_python(code: str, *arguments: str, environment: dict[str, str] | None = None) -> tuple[dict[str, float], Cost]:
+    """Run code in a fresh interpreter; its last output line is JSON."""
+    began = time.perf_counter()
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        env={**os.environ, **(environment or {})},
+        text=True,
+    )
+    assert process.stdout is not None
+    output = process.stdout.read()
+    _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        raise RuntimeError(f"the measured process failed with status {status}")
+    told = json.loads(output.strip().splitlines()[-1])
+    peak = told.get("peak", 0.0) / 2**20
+    cost = Cost(
+        wall=time.perf_counter() - began,
+        cpu=usage.ru_utime + usage.ru_stime,
+        peak=peak,
+        growth=peak - told.get("imports", 0) / 2**20,
+        run_seconds=told.get("run_seconds", 0.0),
+        forwards=int(told.get("forwards", 0)),
+    )
+    return told, cost
+
+
+def quantize(model: Path, recipe: Path, out: Path, keep: bool = False) -> Cost:
+    """Quantize a folder in a process of its own."""
+    shutil.rmtree(out, ignore_errors=True)
+    _, cost = run_python(_WORKER, str(model), str(out), str(recipe))
+    if not keep:
+        shutil.rmtree(out, ignore_errors=True)
+    return cost
+
+
+def show(title: str, cost: Cost) -> None:
+    """One line of figures."""
+    parts = ", ".join(f"{name} {value:.1f}" for name, value in asdict(cost).items())
+    print(f"{title}: {parts}", flush=True)
