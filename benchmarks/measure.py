@@ -14,12 +14,14 @@ from pathlib import Path
 __all__ = ["Cost", "quantize", "run_python", "show"]
 
 _WORKER = """
-import json, resource, sys
+import json, os, sys
 import slim_llm.quantize, transformers
 from slim_core.dispatch import choose_recipe
 from slim_core.progress import SilentProgress, peak_memory, resident_memory
 from slim_core.service import QuantRequest
-model, out, recipe = sys.argv[1:4]
+model, out, recipe, sync = sys.argv[1:5]
+if sync == "False":
+    os.fsync = lambda fd: None
 imports = resident_memory()
 request = QuantRequest(
     model_path=model, save_path=out, model_type="benchmark", config_path=recipe, device="cpu", overwrite=True
@@ -71,10 +73,10 @@ def run_python(code: str, *arguments: str, environment: dict[str, str] | None = 
     return told, cost
 
 
-def quantize(model: Path, recipe: Path, out: Path, keep: bool = False) -> Cost:
-    """Quantize a folder in a process of its own."""
+def quantize(model: Path, recipe: Path, out: Path, keep: bool = False, sync: bool = True) -> Cost:
+    """Quantize a folder in a process of its own; without ``sync`` the output is not forced to disk."""
     shutil.rmtree(out, ignore_errors=True)
-    _, cost = run_python(_WORKER, str(model), str(out), str(recipe))
+    _, cost = run_python(_WORKER, str(model), str(out), str(recipe), str(sync))
     if not keep:
         shutil.rmtree(out, ignore_errors=True)
     return cost

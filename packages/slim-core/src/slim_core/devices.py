@@ -39,29 +39,34 @@ def parse_device(text: str) -> tuple[str, tuple[int, ...]]:
     Blanks and empty items are dropped, as the protocol has it.
 
     Raises:
-        SchemaValidateError: unknown kind (case matters), an index that is no number, negative or repeated.
+        SchemaValidateError: unknown kind (case matters), an index that is no number, negative or repeated, or several
+            indices of the one CPU.
     """
-    kind, colon, rest = text.partition(":")
+    kind, _, rest = text.partition(":")
     if kind not in _KINDS:
-        raise SchemaValidateError(f"unknown device {text!r}", where="--device", remedy=f"use one of {', '.join(_KINDS)}")
+        raise SchemaValidateError(
+            f"unknown device {text!r}", where="--device", remedy=f"use one of {', '.join(_KINDS)}"
+        )
     items = [item.strip() for item in rest.split(",") if item.strip()]
-    if not all(item.isascii() and item.isdigit() for item in items) or (colon and rest.strip() and not items):
+    numbers = all(item.isascii() and item.isdigit() and len(item) < 10 for item in items)
+    if not numbers or (rest.strip() and not items):
         raise SchemaValidateError(
             f"device indices must be numbers, got {rest!r}", where="--device", remedy=f"write {kind}:0 or {kind}:0,1"
         )
     indices = tuple(int(item) for item in items)
     if len(set(indices)) != len(indices):
         raise SchemaValidateError(f"a device index is repeated in {text!r}", where="--device")
+    if kind == "cpu" and len(indices) > 1:
+        raise SchemaValidateError("the CPU is one device", where="--device", remedy="write cpu")
     return kind, indices
 
 
 def _available(kind: str) -> int:
-    if kind == "cpu":
-        return max(os.cpu_count() or 1, 1)
     if kind == "npu":
         try:
             importlib.import_module("torch_npu")
-        except ImportError:
+        except (ImportError, OSError, RuntimeError) as error:
+            _logger.debug("torch_npu cannot be used: %s", error)
             return 0
     module = getattr(torch, kind, None)
     return module.device_count() if module is not None and module.is_available() else 0
@@ -75,12 +80,14 @@ def resolve_devices(text: str, *, explicit: bool) -> Devices:
         explicit: whether the user wrote it. An ``npu`` that is merely the default gives way to what there is, loudly.
 
     Raises:
-        SchemaValidateError: the string is malformed.
-        EnvError: the device asked for is not there.
+        SchemaValidateError: the string is malformed or an index is too high.
+        EnvError: there is no device of the kind asked for.
     """
     kind, indices = parse_device(text)
+    if kind == "cpu":
+        return Devices(kind)
     count = _available(kind)
-    if kind != "cpu" and count == 0:
+    if count == 0:
         if explicit:
             raise EnvError(
                 f"there is no {kind} device on this machine",
@@ -89,11 +96,15 @@ def resolve_devices(text: str, *, explicit: bool) -> Devices:
                 if kind == "npu"
                 else "pass --device cpu",
             )
-        fallback = "cuda" if _available("cuda") else "cpu"
-        _logger.warning("no NPU here: running on %s (pass --device to choose)", fallback.upper())
+        fallback = "cuda" if kind != "cuda" and _available("cuda") else "cpu"
+        _logger.warning("no %s here: running on %s (pass --device to choose)", kind.upper(), fallback.upper())
         return Devices(fallback)
     if bad := [i for i in indices if i >= count]:
-        raise EnvError(f"{kind}:{bad[0]} does not exist; this machine has {count}", where="--device")
+        raise SchemaValidateError(
+            f"{kind}:{bad[0]} does not exist, this machine has {count}",
+            where="--device",
+            remedy=f"indices go from 0 to {count - 1}",
+        )
     return Devices(kind, indices or (0,))
 
 

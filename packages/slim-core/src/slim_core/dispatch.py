@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from slim_core.errors import SchemaValidateError, UnsupportedError
-from slim_core.logging import get_logger
-from slim_core.practices import PracticeLibrary, practice_folders
-from slim_core.recipe import Recipe, load_recipe
-from slim_core.service import AskUser, QuantRequest, Service, find_service, installed_services
+from collections.abc import Sequence
+from pathlib import Path
 
-__all__ = ["choose_recipe", "open_library"]
+from slim_core.errors import EnvError, SchemaValidateError, SlimError, UnsupportedError
+from slim_core.logging import get_logger
+from slim_core.practices import PracticeLibrary, Selection, practice_folders
+from slim_core.practices.library import DEFAULT_PEDIGREE
+from slim_core.recipe import Recipe, load_recipe
+from slim_core.service import AskUser, QuantRequest, Service, find_service, installed_services, load_service
+
+__all__ = ["choose_recipe", "match_practice", "open_library", "service_for"]
 
 _logger = get_logger(__name__)
 
@@ -20,7 +24,48 @@ def open_library() -> PracticeLibrary:
 
 
 def _services() -> list[Service]:
-    return [point.load()() for _, point in sorted(installed_services().items())]
+    """All services that can be loaded. One broken package does not take the others down."""
+    services: list[Service] = []
+    for _, point in sorted(installed_services().items()):
+        try:
+            services.append(load_service(point))
+        except EnvError as error:
+            _logger.warning("%s", error)
+    return services
+
+
+def match_practice(model_type: str, quant_type: str | None, tags: Sequence[str] = ()) -> Selection:
+    """The practice that the library has for a model type, by the rules of :meth:`PracticeLibrary.select`.
+
+    Raises:
+        SchemaValidateError, UnsupportedError: as there.
+    """
+    pedigree = next(filter(None, (service.pedigree(model_type) for service in _services())), DEFAULT_PEDIGREE)
+    library = open_library()
+    selection = library.select(pedigree, model_type, quant_type, tags)
+    for warning in library.warnings:
+        _logger.warning("%s", warning)
+    return selection
+
+
+def service_for(model_path: Path) -> Service:
+    """The installed service whose kind of model a folder holds.
+
+    Raises:
+        SlimError: none claims it; if one could not read the folder, what it said.
+    """
+    refusal: SlimError | None = None
+    for service in _services():
+        try:
+            if service.handles(model_path):
+                return service
+        except SlimError as error:
+            refusal = refusal or error
+    raise refusal or UnsupportedError(
+        "no installed package knows this kind of model",
+        where=str(model_path),
+        remedy="pip install slim-llm, slim-vlm or slim-sd, or upgrade them",
+    )
 
 
 def choose_recipe(request: QuantRequest, ask: AskUser) -> tuple[Recipe, Service]:
@@ -40,8 +85,7 @@ def choose_recipe(request: QuantRequest, ask: AskUser) -> tuple[Recipe, Service]
             )
         recipe = load_recipe(request.config_path)
         return recipe, find_service(recipe.apiversion, where=f"{request.config_path}: apiversion")
-    pedigree = next(filter(None, (service.pedigree(request.model_type) for service in _services())), "default")
-    selection = open_library().select(pedigree, request.model_type, request.quant_type, request.tag)
+    selection = match_practice(request.model_type, request.quant_type, request.tag)
     if selection.question and not request.yes and not ask(selection.question):
         raise UnsupportedError(
             "no practice was chosen", remedy="give a recipe with --config_path, or another --quant_type"

@@ -13,7 +13,14 @@ from slim_core.errors import EnvVarError
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["LOG_LEVEL_VARIABLE", "error_console", "get_logger", "level_from_environment", "set_up_logging"]
+__all__ = [
+    "LOG_LEVEL_VARIABLE",
+    "error_console",
+    "get_logger",
+    "level_from_environment",
+    "on_terminal",
+    "set_up_logging",
+]
 
 LOG_LEVEL_VARIABLE = "MSMODELSLIM_LOG_LEVEL"
 _LEVELS = {"INFO": logging.INFO, "DEBUG": logging.DEBUG}
@@ -41,7 +48,7 @@ def level_from_environment() -> int:
 
 def set_up_logging(level: int | None = None) -> None:
     """Send Slim's log lines to standard error: through rich on a terminal, plain elsewhere. Only commands call this."""
-    if sys.stderr.isatty():
+    if on_terminal():
         from rich.logging import RichHandler
 
         handler: logging.Handler = RichHandler(console=error_console(), show_path=False, markup=False)
@@ -53,6 +60,11 @@ def set_up_logging(level: int | None = None) -> None:
     root.handlers = [handler]
     root.propagate = False
     root.setLevel(level_from_environment() if level is None else level)
+
+
+def on_terminal() -> bool:
+    """Whether someone can watch standard error. A process started without one has None there."""
+    return sys.stderr is not None and sys.stderr.isatty()
 
 
 @cache

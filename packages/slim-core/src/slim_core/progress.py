@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import math
 import resource
 import sys
 import time
 from collections.abc import Mapping
 from typing import Protocol
 
-from slim_core.logging import error_console, get_logger
+from slim_core.logging import error_console, get_logger, on_terminal
 
-__all__ = ["PlainProgress", "Progress", "RichProgress", "SilentProgress", "peak_memory", "resident_memory", "show_progress"]
+__all__ = [
+    "PlainProgress",
+    "Progress",
+    "RichProgress",
+    "SilentProgress",
+    "peak_memory",
+    "resident_memory",
+    "show_progress",
+]
 
 _logger = get_logger(__name__)
 
@@ -88,10 +97,10 @@ class PlainProgress:
         self._steps: Mapping[str, int] = {}
         self._done = 0
         self._began = 0.0
-        self._said = 0.0
+        self._said = -math.inf
 
     def start(self, title: str, steps: Mapping[str, int]) -> None:
-        self._steps, self._done, self._began, self._said = steps, 0, time.monotonic(), 0.0
+        self._steps, self._done, self._began, self._said = steps, 0, time.monotonic(), -math.inf
         _logger.info("%s: %d units", title, len(steps))
 
     def begin(self, step: str) -> None:
@@ -118,17 +127,25 @@ class RichProgress:
     """A live bar with the unit at work, time left and memory."""
 
     def start(self, title: str, steps: Mapping[str, int]) -> None:
-        from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+        from rich.progress import (
+            BarColumn,
+            Progress,
+            TaskProgressColumn,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
 
         self._steps = steps
+        self.stop()
         self._bar = Progress(
-            TextColumn("[bold]{task.description}"),
+            TextColumn("{task.description}", style="bold", markup=False),
             BarColumn(),
             TaskProgressColumn(),
             TimeElapsedColumn(),
             TextColumn("ETA"),
             TimeRemainingColumn(elapsed_when_finished=False),
-            TextColumn("{task.fields[memory]}  {task.fields[unit]}"),
+            TextColumn("{task.fields[memory]}  {task.fields[unit]}", markup=False),
             console=error_console(),
         )
         self._task = self._bar.add_task(title, total=sum(steps.values()) or 1, unit="", memory="")
@@ -147,4 +164,4 @@ class RichProgress:
 
 def show_progress() -> Progress:
     """The live bar if standard error is a terminal, plain lines otherwise."""
-    return RichProgress() if sys.stderr.isatty() else PlainProgress()
+    return RichProgress() if on_terminal() else PlainProgress()

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from difflib import get_close_matches
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from slim_core.errors import UnsupportedError
+from slim_core.errors import EnvError, UnsupportedError
 
 if TYPE_CHECKING:
     from slim_core.evaluation.perplexity import EvalResult
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from slim_core.runners.plan import Plan
     from slim_core.runners.run import RunResult
 
-__all__ = ["EvalRequest", "QuantRequest", "Service", "find_service", "installed_services"]
+__all__ = ["EvalRequest", "QuantRequest", "Service", "find_service", "installed_services", "load_service"]
 
 SERVICE_GROUP = "slim.services"
 _PACKAGES = {
@@ -50,7 +50,7 @@ class QuantRequest(BaseModel):
     overwrite: bool = Field(False, description="Replace a non-empty save_path once the new output is complete")
     resume: bool = Field(False, description="Continue an interrupted run into the same save_path")
     yes: bool = Field(False, description="Answer yes to the question about a fall-back practice")
-    debug: bool = Field(False, description="Write debug_info with the statistics of every layer")
+    debug: bool = Field(False, description="Write debug_info with the statistics of every layer; show tracebacks")
 
 
 class EvalRequest(BaseModel):
@@ -60,7 +60,7 @@ class EvalRequest(BaseModel):
 
     model_path: Path = Field(description="Folder of the floating-point model")
     quantized: Path | None = Field(None, description="Folder that slim quant wrote")
-    text: Path | None = Field(None, description="Text file to score; default: the bundled held-out text")
+    text: Path | None = Field(None, description="Text file (UTF-8) to score")
     device: str = Field("npu", description="Device: npu, cuda, cpu, with an index if wanted")
     sequence_length: int = Field(512, ge=8, description="Tokens per scored window")
     max_windows: int | None = Field(None, ge=1, description="Score only the first windows")
@@ -88,8 +88,10 @@ class Service(Protocol):
         """The plan of a run, from configuration and headers only."""
         ...
 
-    def quantize(self, request: QuantRequest, recipe: Any, progress: Progress) -> RunResult:
-        """Run the recipe and write the output."""
+    def quantize(
+        self, request: QuantRequest, recipe: Any, progress: Progress, on_plan: Callable[[Plan], None] | None = None
+    ) -> RunResult:
+        """Run the recipe and write the output; ``on_plan`` is shown the plan before any weight is read."""
         ...
 
     def evaluate(self, request: EvalRequest, progress: Progress) -> EvalResult:
@@ -100,9 +102,25 @@ class Service(Protocol):
 AskUser = Callable[[str], bool]
 
 
-def installed_services() -> dict[str, Any]:
+def installed_services() -> dict[str, EntryPoint]:
     """Entry points of the installed services by ``apiversion``, none of them loaded."""
     return {point.name: point for point in entry_points(group=SERVICE_GROUP)}
+
+
+def load_service(point: EntryPoint) -> Service:
+    """The service behind an entry point.
+
+    Raises:
+        EnvError: it cannot be imported.
+    """
+    try:
+        return point.load()()
+    except (ImportError, AttributeError) as error:
+        package = point.dist.name if point.dist else point.value
+        raise EnvError(
+            f"the service {point.name!r} of {package} cannot be imported: {error}",
+            remedy=f"pip install --upgrade {package}, or uninstall it",
+        ) from error
 
 
 def find_service(apiversion: str, *, where: str | None = None) -> Service:
@@ -110,13 +128,15 @@ def find_service(apiversion: str, *, where: str | None = None) -> Service:
 
     Raises:
         UnsupportedError: no installed package serves it; names the package to install if one is known.
+        EnvError: a package announces it but cannot be imported.
     """
     services = installed_services()
     if apiversion in services:
-        return services[apiversion].load()()
+        return load_service(services[apiversion])
     if package := _PACKAGES.get(apiversion):
         raise UnsupportedError(
-            f"apiversion {apiversion!r} is served by the package {package}, which does not serve it in this environment",
+            f"apiversion {apiversion!r} is served by the package {package}, "
+            "which does not serve it in this environment",
             where=where,
             remedy=f"pip install --upgrade {package}",
         )

@@ -15,16 +15,17 @@ go through the tokenizer's chat template. An object with none of these is used a
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+
 from slim_core.errors import InvalidDatasetError
 from slim_core.logging import get_logger
 from slim_core.recipe import DatasetConfig
-
 from slim_llm.resources import CALIBRATION_FOLDER
 
 __all__ = ["TextSample", "find_dataset", "read_samples", "tokenize"]
@@ -71,7 +72,7 @@ def read_samples(path: Path) -> list[TextSample]:
     """All samples of a file, each line checked.
 
     Raises:
-        InvalidDatasetError: not UTF-8, not JSON, an empty line or sample, a malformed conversation, or no sample at all.
+        InvalidDatasetError: not UTF-8, not JSON, an empty line or sample, a malformed conversation, no sample at all.
     """
     try:
         content = path.read_text("utf-8")
@@ -80,7 +81,7 @@ def read_samples(path: Path) -> list[TextSample]:
     except OSError as error:
         raise InvalidDatasetError(f"cannot be read: {error.strerror}", where=str(path)) from error
     if path.suffix == ".txt":
-        parts = [part.strip() for part in content.split("\n\n")]
+        parts = [part.strip() for part in re.split(r"\n\s*\n", content)]
         samples = [TextSample(str(path), text=part) for part in parts if part]
     else:
         values = _array(path, content) if path.suffix == ".json" else _lines(path, content)
@@ -93,7 +94,7 @@ def read_samples(path: Path) -> list[TextSample]:
 def _array(path: Path, content: str) -> Iterator[tuple[str, Any]]:
     try:
         values = json.loads(content)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InvalidDatasetError(f"not valid JSON: {error}", where=str(path)) from error
     if not isinstance(values, list):
         raise InvalidDatasetError("must hold a JSON array", where=str(path), remedy="use .jsonl for one value per line")
@@ -110,7 +111,7 @@ def _lines(path: Path, content: str) -> Iterator[tuple[str, Any]]:
             raise InvalidDatasetError("the line is empty", where=where, remedy="remove it")
         try:
             yield where, json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise InvalidDatasetError(f"not valid JSON: {error}", where=where) from error
 
 
@@ -150,7 +151,7 @@ def tokenize(
 ) -> list[dict[str, Any]]:
     """Keyword arguments of the model for each forward.
 
-    Samples are cut to ``dataset.max_length`` if it is given and to what the model can take. Only samples of equal length
+    Samples are cut to ``dataset.max_length`` if it is given and to what the model can take. Only samples of one length
     share a forward, so there is no padding and batching does not change what a token sees.
 
     Args:
@@ -183,10 +184,10 @@ def tokenize(
 
 def _encode(sample: TextSample, tokenizer: Any) -> list[int]:
     if not sample.messages:
-        return list(tokenizer(sample.text)["input_ids"])
+        return _ids(sample.where, sample.text, tokenizer)
     if not getattr(tokenizer, "chat_template", None):
         text = "\n".join(f"{message['role']}: {message['content']}" for message in sample.messages)
-        return list(tokenizer(text)["input_ids"])
+        return _ids(sample.where, text, tokenizer)
     from jinja2 import TemplateError
 
     try:
@@ -195,4 +196,14 @@ def _encode(sample: TextSample, tokenizer: Any) -> list[int]:
         raise InvalidDatasetError(
             f"the tokenizer's chat template refuses the conversation: {error}", where=sample.where
         ) from error
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    return _ids(sample.where, text, tokenizer, add_special_tokens=False)
+
+
+def _ids(where: str, text: str, tokenizer: Any, **options: Any) -> list[int]:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidDatasetError(
+            f"the text holds half of a surrogate pair ({text[error.start]!a})", where=where
+        ) from error
+    return list(tokenizer(text, **options)["input_ids"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -64,14 +65,18 @@ def plan(request: QuantRequest, recipe: Recipe) -> Plan:
     return _Job(request, recipe).plan
 
 
-def quantize(request: QuantRequest, recipe: Recipe, progress: Progress) -> RunResult:
-    """Carry out a recipe.
+def quantize(
+    request: QuantRequest, recipe: Recipe, progress: Progress, on_plan: Callable[[Plan], None] | None = None
+) -> RunResult:
+    """Carry out a recipe; ``on_plan`` is shown the plan before any weight is read.
 
     Raises:
         SlimError: whatever stands in the way; nothing at ``save_path`` has changed then.
     """
     check_target(request.save_path, request.model_path, request.overwrite or request.resume)
     job = _Job(request, recipe)
+    if on_plan is not None:
+        on_plan(job.plan)
     effective = dump_recipe(recipe)
 
     def finish(folder: Path, result: RunResult) -> None:
@@ -111,9 +116,7 @@ def open_written(original: StreamedModel, folder: AscendV1Folder, trust_remote_c
     config = read_config(folder.folder)
     module = open_skeleton(folder.folder, config, trust_remote_code=trust_remote_code)
     skip = frozenset(f"{prefix}.{part}" for prefix, _ in folder.layers() for part in ("weight", "bias"))
-    return StreamedModel(
-        module, folder.source, folder.folder, config, original.blocks_name, original.tensor_name, skip
-    )
+    return StreamedModel(module, folder.source, folder.folder, config, original.blocks_name, original.tensor_name, skip)
 
 
 def max_positions(model: StreamedModel) -> int | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -41,10 +42,12 @@ class LlmService:
 
         return plan(request, recipe)
 
-    def quantize(self, request: QuantRequest, recipe: Recipe, progress: Progress) -> RunResult:
+    def quantize(
+        self, request: QuantRequest, recipe: Recipe, progress: Progress, on_plan: Callable[[Plan], None] | None = None
+    ) -> RunResult:
         from slim_llm.quantize import quantize
 
-        return quantize(request, recipe, progress)
+        return quantize(request, recipe, progress, on_plan)
 
     def evaluate(self, request: EvalRequest, progress: Progress) -> EvalResult:
         from slim_llm.quantize import score

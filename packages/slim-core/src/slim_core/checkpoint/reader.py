@@ -6,20 +6,22 @@ Pages are touched only by what computes on them. :meth:`Checkpoint.prefetch` ask
 
 from __future__ import annotations
 
-import json
 import mmap
 import os
+import threading
 import warnings
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from slim_core.checkpoint.header import StoredTensor, read_header
+from slim_core.checkpoint.header import StoredTensor, parse_object, read_header
 from slim_core.checkpoint.source import TensorMeta
-from slim_core.errors import InvalidModelError
+from slim_core.errors import InvalidModelError, UnexpectedError
 
 __all__ = ["Checkpoint"]
 
@@ -36,7 +38,8 @@ class Checkpoint:
         index: name of the index file; without it the usual names are tried.
 
     Raises:
-        InvalidModelError: no weights, a missing, truncated or malformed file, a tensor listed but absent, or stored twice.
+        InvalidModelError: no weights, a missing, truncated or malformed file, a tensor listed but absent, or stored
+            twice.
     """
 
     def __init__(self, folder: Path, index: str | None = None) -> None:
@@ -55,7 +58,9 @@ class Checkpoint:
         if listed is not None:
             self._check_listing(listed)
         self._maps: dict[Path, mmap.mmap] = {}
+        self._mapping = threading.Lock()
         self._reader: ThreadPoolExecutor | None = None
+        _use_up_warning()
 
     def _check_listing(self, listed: dict[str, str]) -> None:
         for name, file in listed.items():
@@ -102,29 +107,31 @@ class Checkpoint:
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         stored = self.stored(name)
+        if not stored.shape:
+            raise UnexpectedError("the tensor is a scalar and has no rows", where=name)
+        start, stop, _ = slice(start, stop).indices(stored.shape[0])
+        count = max(stop - start, 0)
         row = stored.nbytes // max(stored.shape[0], 1)
-        part = StoredTensor(
-            name,
-            stored.dtype,
-            (stop - start, *stored.shape[1:]),
-            stored.file,
-            stored.begin + start * row,
-            (stop - start) * row,
+        return self._view(
+            StoredTensor(
+                name, stored.dtype, (count, *stored.shape[1:]), stored.file, stored.begin + start * row, count * row
+            )
         )
-        return self._view(part)
 
     def _map(self, file: Path) -> mmap.mmap:
-        if file not in self._maps:
-            with file.open("rb") as stream:
-                self._maps[file] = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
-        return self._maps[file]
+        with self._mapping:
+            if file not in self._maps:
+                try:
+                    with file.open("rb") as stream:
+                        self._maps[file] = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+                except OSError as error:
+                    raise InvalidModelError(f"can no longer be read: {error.strerror}", where=str(file)) from error
+            return self._maps[file]
 
     def _view(self, stored: StoredTensor) -> Tensor:
         if stored.nbytes == 0:
             return torch.empty(stored.shape, dtype=stored.dtype)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="The given buffer is not writable")
-            flat = torch.frombuffer(self._map(stored.file), dtype=torch.uint8, count=stored.nbytes, offset=stored.begin)
+        flat = torch.frombuffer(self._map(stored.file), dtype=torch.uint8, count=stored.nbytes, offset=stored.begin)
         if stored.begin % stored.dtype.itemsize:
             flat = flat.clone()
         return flat.view(stored.dtype).view(stored.shape)
@@ -132,7 +139,8 @@ class Checkpoint:
     def prefetch(self, names: Iterable[str]) -> None:
         if not hasattr(os, "posix_fadvise"):
             return
-        spans = [(s.file, s.begin, s.nbytes) for s in map(self.stored, names)]
+        # A length of 0 would mean: up to the end of the file.
+        spans = [(s.file, s.begin, s.nbytes) for s in map(self.stored, names) if s.nbytes]
         if self._reader is None:
             self._reader = ThreadPoolExecutor(1, thread_name_prefix="slim-prefetch")
         self._reader.submit(_read_ahead, spans)
@@ -154,6 +162,14 @@ class Checkpoint:
         self._maps.clear()
 
 
+@cache
+def _use_up_warning() -> None:
+    """Torch warns once per process about buffers that cannot be written to. Views of a checkpoint never are written."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.frombuffer(b"\0", dtype=torch.uint8)
+
+
 def _read_ahead(spans: list[tuple[Path, int, int]]) -> None:
     for file, begin, length in spans:
         fd = os.open(file, os.O_RDONLY)
@@ -166,7 +182,7 @@ def _read_ahead(spans: list[tuple[Path, int, int]]) -> None:
 def _find_files(folder: Path, index: str | None) -> tuple[list[Path], dict[str, str] | None]:
     if not folder.is_dir():
         raise InvalidModelError("the model folder does not exist or is not a folder", where=str(folder))
-    indices = [folder / index] if index else sorted(folder.glob("*.safetensors.index.json"))
+    indices = [folder / index] if index else _weights(folder, ".safetensors.index.json")
     if len(indices) > 1:
         raise InvalidModelError(
             f"several index files: {', '.join(path.name for path in indices)}",
@@ -182,7 +198,7 @@ def _find_files(folder: Path, index: str | None) -> tuple[list[Path], dict[str, 
                     f"shard {file.name} is missing", where=str(indices[0]), remedy="download the folder again"
                 )
         return files, listed
-    files = sorted(folder.glob("*.safetensors"))
+    files = _weights(folder, ".safetensors")
     if not files:
         found = sorted(path.name for path in folder.glob("*.bin"))
         raise InvalidModelError(
@@ -193,17 +209,25 @@ def _find_files(folder: Path, index: str | None) -> tuple[list[Path], dict[str, 
     return files, None
 
 
+def _weights(folder: Path, ending: str) -> list[Path]:
+    """Visible weight files, or indices of such. ``consolidated*`` is Mistral's second copy of the same weights."""
+    endings = (".safetensors", ".safetensors.index.json")
+    found = sorted(p for p in folder.iterdir() if p.name.endswith(endings) and not p.name.startswith("."))
+    found = [path for path in found if not path.name.startswith("consolidated")] or found
+    return [path for path in found if path.name.endswith(ending)]
+
+
 def _read_index(path: Path) -> dict[str, str]:
     try:
-        content = json.loads(path.read_text("utf-8"))
-        listed = content["weight_map"]
+        listed: Any = parse_object(path.read_bytes())["weight_map"]
         if not isinstance(listed, dict) or not listed:
             raise ValueError("weight_map is empty or not an object")
     except OSError as error:
         raise InvalidModelError(f"cannot be read: {error.strerror}", where=str(path)) from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError) as error:
         raise InvalidModelError(f"not a valid safetensors index: {error}", where=str(path)) from error
-    for name, file in listed.items():
-        if not isinstance(file, str) or Path(file).name != file:
+    placed = cast("dict[str, Any]", listed)
+    for name, file in placed.items():
+        if not isinstance(file, str) or file in ("", "..") or Path(file).name != file:
             raise InvalidModelError(f"tensor {name!r} is placed outside the folder: {file!r}", where=str(path))
-    return listed
+    return placed

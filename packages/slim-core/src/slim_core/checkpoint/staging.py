@@ -10,7 +10,9 @@ import fcntl
 import json
 import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
+from typing import Any, cast
 
 from slim_core.errors import EnvError, SecurityError, UnsupportedError
 from slim_core.logging import get_logger
@@ -25,139 +27,280 @@ def _hidden(target: Path, suffix: str) -> Path:
     return target.parent / f".{target.name}.slim-{suffix}"
 
 
+def _real(path: Path) -> Path:
+    """The path with symbolic links followed, so that output lands where a link points and the link stays."""
+    try:
+        return path.resolve()
+    except (OSError, RuntimeError) as error:
+        raise SecurityError("the path is a loop of symbolic links", where=str(path)) from error
+
+
+def _occupied(path: Path) -> bool:
+    return path.exists() and not (path.is_dir() and not any(path.iterdir()))
+
+
 def check_target(target: Path, model: Path, overwrite: bool) -> None:
-    """Refuse a target that would damage something.
+    """Refuse a target that would damage something, or that could not be put in place at the end.
 
     Raises:
-        SecurityError: the target is the model folder, lies inside it or around it, is a file, or is a non-empty folder
-            without ``overwrite``.
+        SecurityError: the target is the model folder, lies inside it or around it; is a file or a mount point; is a
+            non-empty folder without ``overwrite``; or holds the home or working folder, which are never replaced.
+        EnvError: the target cannot be looked at.
     """
-    real, source = target.resolve(), model.resolve()
+    real, source = _real(target), _real(model)
     if real == source or source in real.parents or real in source.parents:
         raise SecurityError(
             "save_path and model_path overlap", where=str(target), remedy="choose a folder outside the model"
         )
-    if target.exists() and not target.is_dir():
+    try:
+        _check_place(target, real, overwrite)
+    except OSError as error:
+        raise EnvError(f"cannot be used as save_path: {error.strerror}", where=str(target)) from error
+
+
+def _check_place(target: Path, real: Path, overwrite: bool) -> None:
+    if real.exists() and not real.is_dir():
         raise SecurityError("save_path is a file", where=str(target), remedy="choose a folder")
-    if target.is_dir() and any(target.iterdir()) and not overwrite:
+    if os.path.ismount(real):
+        raise SecurityError(
+            "save_path is a mount point, which cannot be replaced by the finished output",
+            where=str(target),
+            remedy="choose a folder inside it",
+        )
+    if not (_occupied(real) or _occupied(_hidden(real, "old"))):
+        return
+    if not overwrite:
         raise SecurityError(
             "save_path exists and is not empty",
             where=str(target),
             remedy="choose another folder, or pass --overwrite to replace it once the new output is complete",
         )
+    for kept in (Path(os.path.expanduser("~")), Path(os.getcwd())):
+        if real == kept.resolve() or real in kept.resolve().parents:
+            raise SecurityError(
+                f"save_path holds {kept} and is never replaced", where=str(target), remedy="choose another folder"
+            )
 
 
 class Staging:
     """The folder of a run in progress.
 
     Args:
-        target: the folder that will appear.
+        target: the folder that will appear; symbolic links are followed.
         fingerprint: identifies model, recipe, data and version; a resumed run must have the same one.
         resume: continue what an interrupted run left.
 
     Raises:
-        EnvError: the folder cannot be created, or another process is writing to it.
+        EnvError: the folder cannot be created, another process is writing to it, or something has appeared at the
+            target since the interrupted run began.
         UnsupportedError: ``resume`` and there is nothing to resume, or it was started with something else.
     """
 
     def __init__(self, target: Path, fingerprint: str, *, resume: bool = False) -> None:
-        self.target = target
-        self.folder = _hidden(target, "partial")
-        self._old = _hidden(target, "old")
+        self.target = _real(target)
+        self.folder = _hidden(self.target, "partial")
+        self._old = _hidden(self.target, "old")
+        self._aside = _hidden(self.target, "journal")
         self._lock: int | None = None
-        self._restore_interrupted_swap()
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            self.folder.mkdir(mode=0o750, exist_ok=True)
-        except OSError as error:
-            raise EnvError(f"cannot be created: {error.strerror}", where=str(self.folder)) from error
-        self._take_lock()
         self.finished: list[str] = []
-        journal = self.folder / JOURNAL
-        if resume:
-            self.finished = _read_journal(journal, fingerprint)
-        else:
-            if journal.exists():
-                _logger.warning("discarding the interrupted run in %s; --resume would have continued it", self.folder)
-            self._empty()
-            self._append({"fingerprint": fingerprint})
-
-    def _restore_interrupted_swap(self) -> None:
-        if self._old.exists():
-            if self.target.exists():
-                shutil.rmtree(self._old)
-            else:
-                os.rename(self._old, self.target)
-
-    def _take_lock(self) -> None:
-        self._lock = os.open(self.folder, os.O_RDONLY)
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+            self.target.parent.mkdir(parents=True, exist_ok=True)
+            self._take_folder()
+            self._restore_interrupted_swap()
+            if resume:
+                self._resume(fingerprint)
+            else:
+                self._start(fingerprint)
+        except BaseException as error:
+            if self._lock is not None:
+                with suppress(OSError):
+                    self.folder.rmdir()  # only if it is empty
             self._unlock()
+            if isinstance(error, OSError):
+                raise EnvError(
+                    f"save_path cannot be prepared: {error.strerror}", where=str(error.filename or self.folder)
+                ) from error
+            raise
+
+    def _take_folder(self) -> None:
+        """Create the folder if need be and lock it. It may be renamed away by a run that ends just now: then again."""
+        while self._lock is None:
+            self.folder.mkdir(mode=0o750, exist_ok=True)
+            with suppress(FileNotFoundError):
+                lock = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+                try:
+                    self._flock(lock)
+                    if os.path.samestat(os.fstat(lock), os.lstat(self.folder)):
+                        self._lock = lock
+                finally:
+                    if self._lock is None:
+                        os.close(lock)
+
+    def _flock(self, lock: int) -> None:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
             raise EnvError("another run is writing to this save_path", where=str(self.folder)) from error
+        except OSError as error:
+            _logger.warning(
+                "%s cannot be locked (%s): take care that no other run writes to it", self.folder, error.strerror
+            )
 
     def _unlock(self) -> None:
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
 
-    def _empty(self) -> None:
+    def _restore_interrupted_swap(self) -> None:
+        """Tidy up after a run that was killed inside :meth:`commit`."""
+        unfinished = any(self.folder.iterdir())
+        if self._old.exists():
+            if not _occupied(self.target):
+                os.rename(self._old, self.target)
+            elif unfinished and self._aside.exists():
+                raise EnvError(
+                    f"something has appeared at save_path while its previous content was in {self._old}",
+                    where=str(self.target),
+                    remedy="move one of the two away",
+                )
+            else:
+                shutil.rmtree(self._old)
+        if self._aside.exists():
+            if unfinished:
+                os.replace(self._aside, self.folder / JOURNAL)
+            else:
+                self._aside.unlink()
+
+    def _start(self, fingerprint: str) -> None:
+        if (self.folder / JOURNAL).exists():
+            _logger.warning("discarding the interrupted run in %s; --resume would have continued it", self.folder)
         for entry in self.folder.iterdir():
             if entry.is_dir() and not entry.is_symlink():
                 shutil.rmtree(entry)
             else:
                 entry.unlink()
+        self._replaces = _occupied(self.target)
+        self._append({"fingerprint": fingerprint, "replaces": self._replaces})
+
+    def _resume(self, fingerprint: str) -> None:
+        records = _read_journal(self.folder / JOURNAL)
+        if not records:
+            raise UnsupportedError(
+                "there is no interrupted run to resume", where=str(self.folder), remedy="run without --resume"
+            )
+        if records[0].get("fingerprint") != fingerprint:
+            raise UnsupportedError(
+                "the interrupted run had another recipe, model, data set or version",
+                where=str(self.folder),
+                remedy="run without --resume to start over, or restore what was used then",
+            )
+        self._replaces = bool(records[0].get("replaces"))
+        self._check_intruder()
+        self.finished = [record["unit"] for record in records[1:]]
 
     def _append(self, record: dict[str, object]) -> None:
-        with (self.folder / JOURNAL).open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(record) + "\n")
+        with (self.folder / JOURNAL).open("ab", buffering=0) as stream:
+            stream.write(json.dumps(record).encode() + b"\n")
 
     def record(self, unit: str, note: dict[str, object] | None = None) -> None:
         """Note that every tensor of a unit has been handed to the file system."""
-        self.finished.append(unit)
         self._append({"unit": unit, **(note or {})})
+        self.finished.append(unit)
+
+    def _check_intruder(self) -> None:
+        if not self._replaces and _occupied(self.target):
+            raise EnvError(
+                "something has appeared at save_path since the run began",
+                where=str(self.target),
+                remedy="move it away, then run again with --resume",
+            )
 
     def commit(self) -> None:
-        """Make the finished folder the target. The journal goes; an output that was there before goes last."""
-        (self.folder / JOURNAL).unlink()
-        _sync_folder(self.folder)
-        if self.target.exists() and any(self.target.iterdir()):
-            os.rename(self.target, self._old)
-        os.rename(self.folder, self.target)
-        _sync_folder(self.target.parent)
+        """Make the finished folder the target. An output that was there before goes last.
+
+        The journal stays within reach until the target is in place, so that no finished work is lost on the way.
+
+        Raises:
+            EnvError: something has appeared at the target meanwhile, or a rename is refused; all is as it was before.
+        """
+        journal = self.folder / JOURNAL
+        self._check_intruder()
+        try:
+            _sync_files(self.folder)
+            os.replace(journal, self._aside)
+            try:
+                self._swap()
+            except OSError:
+                os.replace(self._aside, journal)
+                raise
+        except OSError as error:
+            raise EnvError(
+                f"the finished output cannot be put in place: {error.strerror}",
+                where=str(self.target),
+                remedy="remove the cause, then run again with --resume",
+            ) from error
+        with suppress(OSError):
+            _sync(self.target.parent)
+            self._aside.unlink()
+        shutil.rmtree(self._old, ignore_errors=True)
         if self._old.exists():
-            shutil.rmtree(self._old)
+            _logger.warning("the previous output could not be removed: %s", self._old)
         self._unlock()
+
+    def _swap(self) -> None:
+        moved = _occupied(self.target)
+        if moved:
+            os.rename(self.target, self._old)
+        try:
+            os.rename(self.folder, self.target)
+        except OSError:
+            if moved:
+                os.rename(self._old, self.target)
+            raise
 
     def leave(self) -> bool:
         """Give up for now. Returns whether something worth resuming was left; otherwise the folder is removed."""
-        if not self.finished and self.folder.exists():
+        if not self.finished:
             shutil.rmtree(self.folder, ignore_errors=True)
         self._unlock()
         return bool(self.finished)
 
 
-def _read_journal(journal: Path, fingerprint: str) -> list[str]:
-    if not journal.exists():
-        raise UnsupportedError(
-            "there is no interrupted run to resume", where=str(journal.parent), remedy="run without --resume"
-        )
-    lines = journal.read_text("utf-8").splitlines(keepends=True)
-    records = [json.loads(line) for line in lines if line.endswith("\n")]
-    if not records or records[0].get("fingerprint") != fingerprint:
-        raise UnsupportedError(
-            "the interrupted run had another recipe, model, data set or version",
-            where=str(journal.parent),
-            remedy="run without --resume to start over, or restore what was used then",
-        )
-    if len(records) != len(lines):
-        journal.write_text("".join(lines[: len(records)]), "utf-8")
-    return [record["unit"] for record in records[1:]]
+def _read_journal(journal: Path) -> list[dict[str, Any]]:
+    """The records up to the first one that is damaged; the rest is cut off, its units will be written again."""
+    try:
+        content = journal.read_bytes()
+    except FileNotFoundError:
+        return []
+    records: list[dict[str, Any]] = []
+    length = 0
+    for line in content.splitlines(keepends=True):
+        record = _parse_record(line, "unit" if records else "fingerprint")
+        if record is None:
+            os.truncate(journal, length)
+            break
+        records.append(record)
+        length += len(line)
+    return records
 
 
-def _sync_folder(folder: Path) -> None:
-    fd = os.open(folder, os.O_RDONLY)
+def _parse_record(line: bytes, key: str) -> dict[str, Any] | None:
+    with suppress(ValueError):
+        record: Any = json.loads(line)
+        if line.endswith(b"\n") and isinstance(record, dict):
+            record = cast("dict[str, Any]", record)
+            return record if isinstance(record.get(key), str) else None
+    return None
+
+
+def _sync_files(folder: Path) -> None:
+    for path in (*folder.rglob("*"), folder):
+        if not path.is_symlink():
+            _sync(path)
+
+
+def _sync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
     finally:

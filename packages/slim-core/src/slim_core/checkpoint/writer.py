@@ -11,7 +11,9 @@ import os
 import queue
 import threading
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from errno import EIO
 from pathlib import Path
 
 import torch
@@ -19,13 +21,14 @@ from torch import Tensor
 
 from slim_core.checkpoint.header import StoredTensor, build_header
 from slim_core.checkpoint.source import TensorMeta
-from slim_core.errors import EnvError, UnexpectedError
+from slim_core.errors import EnvError, InvalidModelError, SlimError, UnexpectedError, UnsupportedError
 
 __all__ = ["Shard", "ShardedWriter", "lay_out"]
 
 FILE_MODE = 0o600
 _QUEUE_BYTES = 16 << 20
 _COPY_CHUNK = 64 << 20
+_CARRY_CHUNK = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -48,10 +51,18 @@ def lay_out(tensors: Sequence[TensorMeta], stem: str, part_bytes: int) -> list[S
     A shard is closed before the tensor that would bring it to ``part_bytes`` or beyond, so it stays below that limit
     unless it holds a single larger tensor. ``part_bytes`` 0 means one file named ``<stem>.safetensors``; otherwise
     files are ``<stem>-00001-of-0000N.safetensors``, also when there is only one.
+
+    Raises:
+        UnsupportedError: safetensors cannot hold the dtype of a tensor.
+        UnexpectedError: two tensors have the same name.
     """
     parts: list[list[TensorMeta]] = [[]]
     pending = 0
+    names: set[str] = set()
     for tensor in tensors:
+        if tensor.name in names:
+            raise UnexpectedError("two tensors of the plan have this name", where=tensor.name)
+        names.add(tensor.name)
         if part_bytes and parts[-1] and pending + tensor.nbytes >= part_bytes:
             parts.append([])
             pending = 0
@@ -72,34 +83,49 @@ class ShardedWriter:
         done: names that an earlier, interrupted run has already written; their bytes are kept.
 
     Raises:
-        EnvError: the disk is full or refuses a write; raised by the next call after the background write failed.
+        EnvError: the disk is full or refuses a write. A background failure, of whatever kind, is raised by the next
+            call; what was queued behind it is dropped.
+        UnsupportedError: a file that holds tensors of ``done`` is gone or is not the one that was begun.
     """
 
     def __init__(self, folder: Path, shards: Sequence[Shard], done: Iterable[str] = ()) -> None:
+        self._folder = folder
         self._places: dict[str, tuple[int, int, TensorMeta]] = {}
-        self._missing: set[str] = set()
         self._files: list[int] = []
         self._queue: queue.Queue[tuple[Callable[[], None], int] | None] = queue.Queue()
         self._room = threading.Condition()
         self._queued_bytes = 0
-        self._error: OSError | None = None
+        self._error: BaseException | None = None
+        self._closed = False
         done = set(done)
-        for shard in shards:
-            path = folder / shard.file_name
-            fresh = not (done and path.exists())
-            fd = os.open(path, os.O_RDWR | os.O_CREAT | (os.O_TRUNC if fresh else 0), FILE_MODE)
-            os.fchmod(fd, FILE_MODE)
-            self._files.append(fd)
-            try:
-                os.pwrite(fd, shard.header, 0)
-                os.truncate(fd, shard.nbytes)
-            except OSError as error:
-                raise _disk_error(error) from error
-            for tensor in shard.tensors:
-                self._places[tensor.name] = (fd, shard.offsets[tensor.name], tensor)
+        try:
+            for shard in shards:
+                self._open(shard, resumed=any(tensor.name in done for tensor in shard.tensors))
+        except BaseException as error:
+            self._close_files()
+            if isinstance(error, OSError):
+                raise self._disk_error(error) from error
+            raise
         self._missing = set(self._places) - done
         self._thread = threading.Thread(target=self._work, name="slim-writer", daemon=True)
         self._thread.start()
+
+    def _open(self, shard: Shard, resumed: bool) -> None:
+        path = self._folder / shard.file_name
+        if resumed and not _was_begun(path, shard):
+            raise UnsupportedError(
+                "this file of the interrupted run is gone or was changed",
+                where=str(path),
+                remedy="run without --resume to start over",
+            )
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | (0 if resumed else os.O_TRUNC), FILE_MODE)
+        self._files.append(fd)
+        os.fchmod(fd, FILE_MODE)
+        if not resumed:
+            _write_all(fd, memoryview(shard.header), 0)
+            os.truncate(fd, shard.nbytes)
+        for tensor in shard.tensors:
+            self._places[tensor.name] = (fd, shard.offsets[tensor.name], tensor)
 
     def put(self, name: str, tensor: Tensor) -> None:
         """Queue a tensor for writing. It must not be changed afterwards.
@@ -107,39 +133,55 @@ class ShardedWriter:
         Raises:
             UnexpectedError: the plan has no such tensor, or another dtype or shape.
         """
-        fd, offset, meta = self._claim(name)
+        fd, offset, meta = self._place(name)
+        if tensor.is_meta:
+            raise UnexpectedError("the tensor has no values", where=name)
         if tensor.dtype != meta.dtype or tuple(tensor.shape) != meta.shape:
             raise UnexpectedError(
-                f"tensor is {tensor.dtype}{list(tensor.shape)}, the plan says {meta.dtype}{list(meta.shape)}", where=name
+                f"tensor is {tensor.dtype}{list(tensor.shape)}, the plan says {meta.dtype}{list(meta.shape)}",
+                where=name,
             )
         if meta.nbytes:
-            flat = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
-            self._submit(lambda: _write_all(fd, memoryview(flat.numpy()), offset), meta.nbytes)
+            data = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
+            self._submit(lambda: _write_all(fd, data, offset), meta.nbytes)
+        self._missing.remove(name)
 
     def copy(self, name: str, stored: StoredTensor) -> None:
-        """Copy a tensor byte for byte from another file, inside the kernel and without taking memory here."""
-        fd, offset, meta = self._claim(name)
-        if stored.nbytes != meta.nbytes or stored.dtype != meta.dtype:
-            raise UnexpectedError(f"stored as {stored.dtype}{list(stored.shape)}, unlike the plan", where=name)
+        """Copy a tensor byte for byte from another file, inside the kernel and without taking memory here.
+
+        Raises:
+            UnexpectedError: the plan has no such tensor, or another dtype or shape.
+        """
+        fd, offset, meta = self._place(name)
+        if stored.dtype != meta.dtype or stored.shape != meta.shape:
+            raise UnexpectedError(
+                f"stored as {stored.dtype}{list(stored.shape)}, the plan says {meta.dtype}{list(meta.shape)}",
+                where=name,
+            )
         if meta.nbytes:
             self._submit(lambda: _copy_all(stored, fd, offset), 0)
+        self._missing.remove(name)
 
     def after_writing(self, action: Callable[[], None]) -> None:
-        """Call ``action`` on the background thread once everything queued so far is in the file system."""
+        """Call ``action`` on the background thread once everything queued so far is in the file system.
+
+        It is not called if a write has failed. What it raises surfaces like a failed write.
+        """
         self._submit(action, 0)
 
-    def _claim(self, name: str) -> tuple[int, int, TensorMeta]:
-        if self._error is not None:
-            raise _disk_error(self._error)
+    def _place(self, name: str) -> tuple[int, int, TensorMeta]:
+        self._raise_failure()
         if name not in self._missing:
             state = "was already written" if name in self._places else "is not in the plan"
             raise UnexpectedError(f"the tensor {state}", where=name)
-        self._missing.remove(name)
         return self._places[name]
 
     def _submit(self, job: Callable[[], None], nbytes: int) -> None:
+        if self._closed:
+            raise UnexpectedError("the writer is closed", where=str(self._folder))
         with self._room:
             self._room.wait_for(lambda: self._queued_bytes == 0 or self._queued_bytes + nbytes <= _QUEUE_BYTES)
+            self._raise_failure()
             self._queued_bytes += nbytes
         self._queue.put((job, nbytes))
 
@@ -149,14 +191,25 @@ class ShardedWriter:
             if self._error is None:
                 try:
                     job()
-                except OSError as error:
+                except BaseException as error:  # noqa: BLE001 - whatever it is, it belongs to the thread that waits
                     self._error = error
             del item, job
             with self._room:
                 self._queued_bytes -= nbytes
-                self._room.notify()
+                self._room.notify_all()
             self._queue.task_done()
         self._queue.task_done()
+
+    def _raise_failure(self) -> None:
+        match self._error:
+            case None:
+                return
+            case SlimError() as error:
+                raise error
+            case OSError() as error:
+                raise self._disk_error(error) from error
+            case error:
+                raise UnexpectedError(f"the background writer failed: {error!r}") from error
 
     def flush(self) -> None:
         """Wait until everything queued so far is in the file system.
@@ -165,8 +218,7 @@ class ShardedWriter:
             EnvError: a write failed.
         """
         self._queue.join()
-        if self._error is not None:
-            raise _disk_error(self._error)
+        self._raise_failure()
 
     def finish(self) -> None:
         """Write what is queued, force it to disk and close the files.
@@ -183,54 +235,81 @@ class ShardedWriter:
             for fd in self._files:
                 os.fsync(fd)
         except OSError as error:
-            raise _disk_error(error) from error
+            raise self._disk_error(error) from error
         self.close()
 
     def close(self) -> None:
         """Close the files without any check; what is queued is written first."""
-        if self._thread.is_alive():
+        if not self._closed:
+            self._closed = True
             self._queue.put(None)
-            self._thread.join()
-        for fd in self._files:
-            os.close(fd)
-        self._files.clear()
+        self._thread.join()
+        self._close_files()
+
+    def _close_files(self) -> None:
+        while self._files:
+            with suppress(OSError):
+                os.close(self._files.pop())
+
+    def _disk_error(self, error: OSError) -> EnvError:
+        return EnvError(
+            f"writing the output failed: {error.strerror or error}",
+            where=str(error.filename or self._folder),
+            remedy="free disk space or choose another save_path, then run again with --resume",
+        )
+
+
+def _was_begun(path: Path, shard: Shard) -> bool:
+    try:
+        with path.open("rb") as stream:
+            return path.stat().st_size == shard.nbytes and stream.read(len(shard.header)) == shard.header
+    except FileNotFoundError:
+        return False
 
 
 def _write_all(fd: int, data: memoryview, offset: int) -> None:
     while data:
         written = os.pwrite(fd, data, offset)
+        if not written:
+            raise OSError(EIO, "the file system takes no more bytes")
         offset += written
         data = data[written:]
 
 
 def _copy_all(stored: StoredTensor, fd: int, offset: int) -> None:
-    source = os.open(stored.file, os.O_RDONLY)
+    try:
+        source = os.open(stored.file, os.O_RDONLY)
+    except OSError as error:
+        raise _source_error(stored, error) from error
     try:
         position, left = stored.begin, stored.nbytes
         while left:
             count = _copy_some(source, fd, position, offset, min(left, _COPY_CHUNK))
+            if not count:
+                count = _carry_some(stored, source, fd, position, offset, min(left, _CARRY_CHUNK))
             position, offset, left = position + count, offset + count, left - count
     finally:
         os.close(source)
 
 
 def _copy_some(source: int, target: int, position: int, offset: int, count: int) -> int:
+    """Copy inside the kernel; 0 if that is not possible here, e.g. between two file systems."""
     if hasattr(os, "copy_file_range"):
-        try:
-            if copied := os.copy_file_range(source, target, count, position, offset):
-                return copied
-        except OSError:
-            pass  # not between these two file systems; read and write instead
-    data = os.pread(source, min(count, 1 << 20), position)
+        with suppress(OSError):
+            return os.copy_file_range(source, target, count, position, offset)
+    return 0
+
+
+def _carry_some(stored: StoredTensor, source: int, target: int, position: int, offset: int, count: int) -> int:
+    try:
+        data = os.pread(source, count, position)
+    except OSError as error:
+        raise _source_error(stored, error) from error
     if not data:
-        raise OSError(5, "the source file ended early")
+        raise _source_error(stored, OSError(EIO, "the file ended early"))
     _write_all(target, memoryview(data), offset)
     return len(data)
 
 
-def _disk_error(error: OSError) -> EnvError:
-    return EnvError(
-        f"writing the output failed: {error.strerror or error}",
-        where=str(error.filename) if error.filename else "save_path",
-        remedy="free disk space or choose another save_path, then run again with --resume",
-    )
+def _source_error(stored: StoredTensor, error: OSError) -> InvalidModelError:
+    return InvalidModelError(f"tensor {stored.name!r} can no longer be read: {error.strerror}", where=str(stored.file))

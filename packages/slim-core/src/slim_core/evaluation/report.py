@@ -2,15 +2,133 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
+from dataclasses import asdict
+from importlib.resources import files
 from pathlib import Path
+from statistics import median
+from typing import Any
 
+from slim_core.sizes import human_size
+from slim_core.evaluation.report_data import LinearRow, ReportData, collect
+from slim_core.evaluation.report_plots import MAX_LINES, draw_plots
+from slim_core.processors.base import Processor
+from slim_core.processors.group import Group
 from slim_core.runners.plan import Plan
 from slim_core.runners.run import RunResult
-from slim_core.savers.side_files import write_json
+from slim_core.savers.side_files import write_text
 
 __all__ = ["write_report"]
 
+_WORST = 20
+# More rows than this make a page that browsers struggle with; report.json has them all.
+_LISTED = 5000
+
 
 def write_report(folder: Path, plan: Plan, result: RunResult, *, title: str, debug: bool = False) -> None:
-    """Write both files into a finished output folder."""
-    write_json(folder / "report.json", {"title": title, "block_forwards": result.block_forwards}, indent=2)
+    """Write both files into a finished output folder.
+
+    Args:
+        title: names the model.
+        debug: also write ``debug_info/debug_info.json`` with the statistics of every layer.
+
+    Raises:
+        OSError: a file cannot be written.
+    """
+    data = collect(folder, plan, result, title=title)
+    _write(folder / "report.json", data.as_json())
+    if debug:
+        (folder / "debug_info").mkdir(mode=0o750, exist_ok=True)
+        _write(folder / "debug_info" / "debug_info.json", _debug_info(data, plan))
+    write_text(folder / "report.html", _page(data))
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    write_text(path, json.dumps(content, indent=2, allow_nan=False))
+
+
+def _page(data: ReportData) -> str:
+    from jinja2 import Environment, StrictUndefined
+    from markupsafe import Markup
+
+    environment: Any = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["size"] = human_size
+    environment.filters["number"] = _number
+    environment.filters["decibel"] = _decibel
+    environment.filters["clock"] = _clock
+    template = files("slim_core.evaluation").joinpath("templates/report.html.j2").read_text("utf-8")
+    plots = {name: Markup(svg) for name, svg in draw_plots(data).items()}
+    return environment.from_string(template).render(
+        data=data,
+        plots=plots,
+        worst=data.worst[:_WORST],
+        listed=data.linears[:_LISTED],
+        roles=_roles(data),
+        any_range=any(row.low is not None for row in data.linears),
+        max_lines=MAX_LINES,
+        all_lines=len({row.leaf for row in data.worst}),
+    )
+
+
+def _number(value: float | None, digits: int = 3) -> str:
+    return "" if value is None else f"{value:.{digits}g}"
+
+
+def _decibel(value: float | None) -> str:
+    return "" if value is None else f"{value:.1f}"
+
+
+def _clock(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
+
+
+def _roles(data: ReportData) -> list[dict[str, Any]]:
+    """One line for each role and type: how many linears, and how well they came through."""
+    groups: dict[tuple[str, str], list[LinearRow]] = {}
+    for row in data.linears:
+        groups.setdefault((row.leaf, row.kind), []).append(row)
+    lines: list[dict[str, Any]] = []
+    for (leaf, kind), rows in groups.items():
+        known = [row.sqnr_db for row in rows if row.sqnr_db is not None]
+        lows, highs = [r.low for r in rows if r.low is not None], [r.high for r in rows if r.high is not None]
+        lines.append(
+            {
+                "leaf": leaf,
+                "kind": kind,
+                "count": len(rows),
+                "worst": min(known, default=None),
+                "median": median(known) if known else None,
+                "low": min(lows, default=None),
+                "high": max(highs, default=None),
+                "reason": rows[0].reason,
+            }
+        )
+    return lines
+
+
+def _debug_info(data: ReportData, plan: Plan) -> dict[str, Any]:
+    """Every layer with its statistics, and the configuration of the processor that made it."""
+    processors = {processor.position: processor.config for processor in _flat(plan.processors)}
+    layers: dict[str, Any] = {}
+    for row in data.linears:
+        assignment = plan.assignments.get(row.name)
+        config = processors.get(assignment.position) if assignment else None
+        scheme = getattr(config, "qconfig", None)
+        layers[row.name] = {
+            **asdict(row),
+            "processor": assignment.position if assignment else None,
+            "scheme": scheme.model_dump(mode="json") if scheme is not None else None,
+        }
+    return {"format": 1, "title": data.title, "layers": layers, "units": [asdict(unit) for unit in data.units]}
+
+
+def _flat(processors: list[Processor]) -> Iterator[Processor]:
+    for processor in processors:
+        yield processor
+        if isinstance(processor, Group):
+            yield from _flat(processor.members)

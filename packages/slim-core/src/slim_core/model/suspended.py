@@ -46,9 +46,11 @@ class SuspendedForward:
         self._inputs = inputs
         self._runs: list[greenlet.greenlet] = []
         self._calls: list[BlockCall | None] = [None] * len(inputs)
+        self._shadowed: list[Any] = []  # what the blocks had as ``forward`` of their own
         self.outputs: list[Any] = [None] * len(inputs)
 
     def __enter__(self) -> SuspendedForward:
+        self._shadowed = [vars(block).get("forward") for block in self._blocks]
         for index, block in enumerate(self._blocks):
             block.forward = self._stub(index)  # an instance attribute, shadowing the method of the class
         self._hub = greenlet.getcurrent()
@@ -57,8 +59,11 @@ class SuspendedForward:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for block in self._blocks:
-            del block.forward
+        for block, forward in zip(self._blocks, self._shadowed, strict=True):
+            if forward is None:
+                del block.forward
+            else:
+                block.forward = forward
         for run in self._runs:
             if not run.dead:
                 run.throw(greenlet.GreenletExit)
@@ -83,8 +88,8 @@ class SuspendedForward:
             received.sample = sample
             if received.block != expected:
                 raise InvalidModelError(
-                    f"block {received.block} was called where block {expected} was expected; the model does not run its "
-                    "blocks once each, in order",
+                    f"block {received.block} was called where block {expected} was expected; the model does not run "
+                    "its blocks once each, in order",
                     where=type(self._model).__name__,
                     remedy="name the list of blocks in an adapter",
                 )
@@ -115,4 +120,5 @@ class SuspendedForward:
     def compute(self, call: BlockCall) -> Any:
         """The output of the real block for a call, with whatever weights the block has now."""
         block = self._blocks[call.block]
-        return type(block).forward(block, *call.args, **call.kwargs)
+        own = self._shadowed[call.block]
+        return own(*call.args, **call.kwargs) if own else type(block).forward(block, *call.args, **call.kwargs)

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from slim_core.checkpoint.source import TensorSource
-from slim_core.errors import InvalidModelError
+from slim_core.errors import InvalidModelError, UnsupportedError
 from slim_core.model.skeleton import find_blocks
 
 __all__ = ["LinearInfo", "StreamedModel", "Unit"]
@@ -68,6 +68,7 @@ class StreamedModel:
 
     Raises:
         InvalidModelError: a parameter has no tensor, or one of another shape.
+        UnsupportedError: the model's experts are fused.
     """
 
     module: nn.Module
@@ -96,7 +97,9 @@ class StreamedModel:
         """The dtype that ``config.json`` names (also inside ``text_config``), None if it names none."""
         for part in (self.config, self.config.get("text_config"), self.config.get("vision_config")):
             name = (part or {}).get("dtype") or (part or {}).get("torch_dtype")
-            if isinstance(name, str) and isinstance(found := getattr(torch, name.removeprefix("torch."), None), torch.dtype):
+            if isinstance(name, str) and isinstance(
+                found := getattr(torch, name.removeprefix("torch."), None), torch.dtype
+            ):
                 return found
         return None
 
@@ -106,27 +109,32 @@ class StreamedModel:
         return any(output != origin for unit in self.units for output, origin in unit.tensors.items())
 
     def _match(self) -> tuple[dict[str, str], dict[str, str]]:
+        """Checkpoint tensor of each parameter, and of each name that is not stored but tied to one that is."""
+        stored = {name: self.tensor_name(name) for name in self._shapes}
+        here = {name: there for name, there in stored.items() if there in self.source and there not in self.skip}
+        holder: dict[int, str] = {}
+        for name, there in here.items():
+            holder.setdefault(id(self._shapes[name]), there)
         names: dict[str, str] = {}
-        first_of: dict[int, str] = {}
         ties: dict[str, str] = {}
         missing: list[str] = []
         for name, tensor in self._shapes.items():
-            stored = self.tensor_name(name)
-            owner = first_of.setdefault(id(tensor), name)
-            if stored in self.skip:
+            if stored[name] in self.skip:
                 continue
-            if stored in self.source:
-                names[name] = stored
-            elif owner in names and owner != name:
-                names[name] = names[owner]
-                ties[stored] = names[owner]
+            if origin := here.get(name):
+                names[name] = origin
+            elif origin := holder.get(id(tensor)):
+                names[name] = ties[stored[name]] = origin
             elif isinstance(tensor, nn.Parameter):
-                missing.append(stored)
-            if name in names and owner not in names:
-                names[owner] = names[name]
-                ties[self.tensor_name(owner)] = names[name]
-                missing.remove(self.tensor_name(owner))
+                missing.append(stored[name])
         if missing:
+            if any(self._shapes[name].dim() == 3 and stored[name] in missing for name in self._shapes):
+                raise UnsupportedError(
+                    f"the model keeps its experts in one tensor each ({missing[0]!r}); mixture-of-experts models are not "
+                    "supported by this version",
+                    where=str(self.folder),
+                    remedy="use a dense model, or a version of Slim with support for experts",
+                )
             near = get_close_matches(missing[0], list(self.source), n=1)
             raise InvalidModelError(
                 f"{len(missing)} tensors of the model are not in the checkpoint, among them {missing[0]!r}"
@@ -138,7 +146,8 @@ class StreamedModel:
             have, want = self.source.meta(stored).shape, tuple(self._shapes[name].shape)
             if have != want:
                 raise InvalidModelError(
-                    f"tensor {stored!r} has shape {list(have)}, config.json asks for {list(want)}", where=str(self.folder)
+                    f"tensor {stored!r} has shape {list(have)}, config.json asks for {list(want)}",
+                    where=str(self.folder),
                 )
         return names, ties
 
@@ -221,7 +230,7 @@ class StreamedModel:
 
 def _named_tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """Parameters and persistent buffers, in the order of the modules, tied ones under each of their names."""
-    for prefix, child in module.named_modules():
+    for prefix, child in module.named_modules(remove_duplicate=False):
         dot = f"{prefix}." if prefix else ""
         for name, parameter in child._parameters.items():
             if parameter is not None:

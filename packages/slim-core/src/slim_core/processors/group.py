@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from slim_core.processors.base import LinearRule, Processor, UnitWork, create_processor
+from slim_core.processors.base import Assignment, LinearRule, Processor, UnitWork, create_processor
 from slim_core.recipe import AnyProcessor, ProcessorConfig
 
 __all__ = ["Group", "GroupConfig"]
@@ -35,6 +35,9 @@ class Group(Processor):
 
     def notes(self) -> list[str]:
         return [note for member in self.members for note in member.notes()]
+
+    def observes(self, linear: str, assignment: Assignment) -> bool:
+        return any(member.observes(linear, assignment) for member in self.members)
 
     def process(self, work: UnitWork) -> None:
         for member in self.members:

@@ -10,15 +10,18 @@ from pydantic_core import PydanticCustomError
 from torch import Tensor
 
 from slim_core.errors import UnsupportedError
+from slim_core.logging import get_logger
 from slim_core.processors.base import LinearRule, LinearWork, Processor, UnitWork
 from slim_core.quantization.affine import affine_parameters
 from slim_core.quantization.kinds import LayerKind, layer_kind
-from slim_core.quantization.layers import QuantizedLinear, W8A8Dynamic, W8A8Static, W8A16
+from slim_core.quantization.layers import W8A16, QuantizedLinear, W8A8Dynamic, W8A8Static
 from slim_core.quantization.minmax import QuantizedWeight, minmax_per_channel
 from slim_core.quantization.statistics import TensorRange
 from slim_core.recipe import Exclude, Include, LinearQConfig, NameFilter, ProcessorConfig
 
 __all__ = ["LinearQuant", "LinearQuantConfig"]
+
+_logger = get_logger(__name__)
 
 
 class LinearQuantConfig(ProcessorConfig):
@@ -69,7 +72,9 @@ class LinearQuant(Processor):
         match linear.assignment.kind:
             case LayerKind.W8A8:
                 scale, offset = self._input_parameters(linear.info.name, work.ranges[linear.info.name], work)
-                return W8A8Static.build(weight.codes, weight.scale.flatten(), scale, offset, bias)
+                layer = W8A8Static.build(weight.codes, weight.scale.flatten(), scale, offset, bias)
+                _warn_of_lost_biases(linear.info.name, layer)
+                return layer
             case LayerKind.W8A8_DYNAMIC:
                 return W8A8Dynamic(weight.codes, weight.scale, bias)
             case _:
@@ -86,3 +91,16 @@ class LinearQuant(Processor):
         if not act.symmetric:
             offset = (torch.round(-low.clamp(max=0.0) / scale) - 128).clamp(-128, 127)
         return scale, offset
+
+
+def _warn_of_lost_biases(name: str, layer: W8A8Static) -> None:
+    """Say so where ``quant_bias`` ran into the ends of int32, as a bias does next to an input range of nothing."""
+    limit = torch.iinfo(torch.int32)
+    lost = int(((layer.quant_bias == limit.max) | (layer.quant_bias == limit.min)).sum())
+    if lost:
+        _logger.warning(
+            "%s: the bias of %d channels does not fit into quant_bias, because the observed inputs are next to zero; "
+            "exclude this linear or quantize it per_token",
+            name,
+            lost,
+        )

@@ -16,7 +16,7 @@ from slim_core.quantization.affine import dequantize, quantize, quantize_per_tok
 from slim_core.quantization.integer import int8_matmul
 from slim_core.quantization.kinds import LayerKind
 
-__all__ = ["QuantizedLinear", "SimulatedLinear", "W8A8Dynamic", "W8A8Static", "W8A16"]
+__all__ = ["W8A16", "QuantizedLinear", "SimulatedLinear", "W8A8Dynamic", "W8A8Static"]
 
 
 class QuantizedLinear(Protocol):

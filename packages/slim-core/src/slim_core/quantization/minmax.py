@@ -99,7 +99,9 @@ def minmax_per_channel(
         steps, s, z = _quantize_rows(rows.to(device) if accelerated else rows, bits, symmetric)
         sampled = (start // block) % _SAMPLE_EVERY == 0
         exact = steps.clone() if sampled else steps
-        rounded = steps.round_().clamp_(-half, half - 1)
+        rounded = steps.round_()
+        if not symmetric:  # a symmetric scale keeps every code inside by construction
+            rounded.clamp_(-half, half - 1)
         codes[start:stop].copy_(rounded)
         scale[start:stop].copy_(s)
         offset[start:stop].copy_(z)

@@ -70,10 +70,10 @@ class TensorRange:
 
 def observe_range(x: Tensor) -> TensorRange:
     """The range of one batch of activations ``(batch, ..., channels)``; every batch row is one sample."""
-    batch = x.detach().reshape(x.shape[0], -1) if x.dim() > 2 else x.detach().reshape(1, -1)
-    if not batch.numel():
+    if not x.numel():
         return TensorRange()
-    minima, maxima = batch.amin(1).float(), batch.amax(1).float()
+    batch = x.detach().reshape(x.shape[0], -1) if x.dim() > 2 else x.detach().reshape(1, -1)
+    minima, maxima = batch.amin(1).cpu().double(), batch.amax(1).cpu().double()
     low, high = float(minima.min()), float(maxima.max())
     if low != low or high != high:
         low, high = float("-inf"), float("inf")
@@ -95,10 +95,10 @@ class InputObserver:
         """Start observing a linear."""
         self.ranges.setdefault(name, TensorRange())
 
-        def hook(_module: nn.Module, args: tuple[Any, ...]) -> None:
-            self.ranges[name].merge(self._range_of(args[0]))
+        def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self.ranges[name].merge(self._range_of(args[0] if args else kwargs["input"]))
 
-        self._handles.append(linear.register_forward_pre_hook(hook))
+        self._handles.append(linear.register_forward_pre_hook(hook, with_kwargs=True))
 
     def _range_of(self, x: Tensor) -> TensorRange:
         if self._last is not None and self._last[0]() is x:

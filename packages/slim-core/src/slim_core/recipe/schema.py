@@ -86,7 +86,10 @@ class SpecV1(StrictModel):
         description="How layers are scheduled: one at a time, one at a time on several devices, or all at once",
     )
     process: tuple[AnyProcessor, ...] = Field(default=(), description="Processors, in order")
-    save: tuple[AnySaver, ...] = Field(default=(), description="Savers; each writes the result in its format")
+    save: tuple[AnySaver, ...] = Field(
+        default_factory=lambda: (PluginConfig(SAVER_GROUP).parse({"type": "ascendv1_saver"}),),
+        description="The saver that writes the result. Default: ascendv1_saver",
+    )
     dataset: Dataset = Field(
         default=DatasetConfig(path="mix_calib.jsonl"), description="Calibration set. Default: mix_calib.jsonl"
     )

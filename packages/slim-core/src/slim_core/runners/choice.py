@@ -8,7 +8,7 @@ from slim_core.devices import Devices, free_device_memory, free_host_memory
 from slim_core.errors import UnsupportedError
 from slim_core.model.units import StreamedModel, Unit
 
-__all__ = ["RunnerChoice", "choose_runner", "unit_bytes"]
+__all__ = ["RunnerChoice", "choose_runner", "owned_bytes", "unit_bytes"]
 
 # Room for activations and quantized copies beside resident weights.
 _HEADROOM = 1.5
@@ -24,6 +24,11 @@ class RunnerChoice:
     @property
     def keeps_model(self) -> bool:
         return self.name == "model_wise"
+
+
+def owned_bytes(model: StreamedModel, unit: Unit) -> int:
+    """Bytes of the tensors that a unit brings; a tied one counts where it is stored."""
+    return sum(model.source.meta(origin).nbytes for name, origin in unit.tensors.items() if name == origin)
 
 
 def unit_bytes(model: StreamedModel, unit: Unit) -> int:
@@ -57,7 +62,9 @@ def choose_runner(requested: str, model: StreamedModel, devices: Devices, *, nee
     )
     several = f"; {len(devices.indices)} devices given, the first is used" if len(devices.indices) > 1 else ""
     if not needs_data:
-        return RunnerChoice("layer_wise", f"no layer needs calibration data, so every weight passes once ({sizes}){several}")
+        return RunnerChoice(
+            "layer_wise", f"no layer needs calibration data, so every weight passes once ({sizes}){several}"
+        )
     if devices.kind == "cpu":
         return RunnerChoice("layer_wise", f"on the CPU weights are mapped from disk either way ({sizes}){several}")
     if total * _HEADROOM < free and total < free_host_memory():

@@ -6,18 +6,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from slim_core.devices import Devices
+from slim_core.errors import UnsupportedError
 from slim_core.model.units import LinearInfo, StreamedModel
 from slim_core.processors.base import Assignment, LinearRule, Processor, create_processor
 from slim_core.quantization.kinds import LayerKind
 from slim_core.recipe import NameFilter, SpecV1
-from slim_core.runners.choice import RunnerChoice, choose_runner, unit_bytes
+from slim_core.runners.choice import RunnerChoice, choose_runner, owned_bytes
 from slim_core.savers.base import Output, Saver, create_saver
 from slim_core.savers.loaders import mixed_fusions, unloadable
 
 __all__ = ["Plan", "PlannedLinear", "PlannedUnit", "make_plan"]
 
 _WRITER_QUEUE = 16 << 20
-_MIB = 1 << 20
+# What the first forward of a block loads (kernels, thread stacks), measured with the CPU build of torch 2.13.
+_COMPUTE_LIBRARIES = 130 << 20
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ class Plan:
 
     Args:
         assignments: the linears that will be quantized, by module name.
-        output: every tensor of the output and the files it falls into; None if nothing is saved.
+        output: every tensor of the output and the files it falls into.
         forwards: forward passes of each block per calibration sample.
         peak_memory: predicted bytes beyond what the process takes after its imports, activations included.
     """
@@ -55,10 +57,10 @@ class Plan:
     runner: RunnerChoice
     devices: Devices
     processors: list[Processor]
-    savers: list[Saver]
+    saver: Saver
     units: list[PlannedUnit]
     assignments: dict[str, Assignment]
-    output: Output | None
+    output: Output
     warnings: list[str]
     forwards: int
     activation_bytes: int
@@ -74,7 +76,7 @@ class Plan:
 
     @property
     def bytes_out(self) -> int:
-        return self.output.nbytes if self.output else 0
+        return self.output.nbytes
 
     def counts(self) -> dict[str, int]:
         """How many linears become what."""
@@ -94,8 +96,9 @@ def make_plan(model: StreamedModel, spec: SpecV1, devices: Devices, *, activatio
     Raises:
         SchemaValidateError, UnsupportedError: the recipe asks for something that does not exist.
     """
+    _refuse_unsupported(spec)
     processors = [create_processor(config, f"process[{i}]") for i, config in enumerate(spec.process)]
-    savers = [create_saver(config) for config in spec.save]
+    saver = create_saver(spec.save[0])
     rules = [rule for processor in processors for rule in processor.rules()]
     linears = [linear for unit in model.units for linear in unit.linears]
     assignments, warnings = _assign(linears, rules)
@@ -108,15 +111,13 @@ def make_plan(model: StreamedModel, spec: SpecV1, devices: Devices, *, activatio
     needs_data = any(p.observes(name, a) for name, a in assignments.items() for p in processors)
     runner = choose_runner(spec.runner, model, devices, needs_data=needs_data)
     forwards = (2 if spec.propagate == "quantized" else 1) if needs_data else 0
-    output = savers[0].declare(model, assignments) if savers else None
-    if output is None:
-        warnings.append("spec.save is empty: nothing will be written")
+    output = saver.declare(model, assignments)
     units = _units(model, assignments, rules, output)
     return Plan(
         runner=runner,
         devices=devices,
         processors=processors,
-        savers=savers,
+        saver=saver,
         units=units,
         assignments=assignments,
         output=output,
@@ -125,6 +126,17 @@ def make_plan(model: StreamedModel, spec: SpecV1, devices: Devices, *, activatio
         activation_bytes=activation_bytes if needs_data else 0,
         peak_memory=_peak(model, units, runner, needs_data, activation_bytes, quantized_copy=forwards == 2),
     )
+
+
+def _refuse_unsupported(spec: SpecV1) -> None:
+    if len(spec.save) != 1:
+        raise UnsupportedError(
+            f"{len(spec.save)} savers are given; a run has exactly one", where="spec.save", remedy="give one saver"
+        )
+    if spec.prior:
+        raise UnsupportedError(
+            "prior stages are not carried out by this version", where="spec.prior", remedy="leave the stage out"
+        )
 
 
 def _assign(linears: list[LinearInfo], rules: list[LinearRule]) -> tuple[dict[str, Assignment], list[str]]:
@@ -164,10 +176,10 @@ def _why_float(linear: LinearInfo, rules: list[LinearRule]) -> str:
 
 
 def _units(
-    model: StreamedModel, assignments: Mapping[str, Assignment], rules: list[LinearRule], output: Output | None
+    model: StreamedModel, assignments: Mapping[str, Assignment], rules: list[LinearRule], output: Output
 ) -> list[PlannedUnit]:
     written: dict[str, int] = {}
-    for tensor in output.tensors if output else ():
+    for tensor in output.tensors:
         written[tensor.unit] = written.get(tensor.unit, 0) + tensor.meta.nbytes
     units: list[PlannedUnit] = []
     for unit in model.units:
@@ -177,7 +189,7 @@ def _units(
             kind = assigned.kind if assigned else LayerKind.FLOAT
             reason = assigned.reason if assigned else _why_float(info, rules)
             linears.append(PlannedLinear(info.name, kind, reason, info.out_features, info.in_features))
-        units.append(PlannedUnit(unit.name, tuple(linears), unit_bytes(model, unit), written.get(unit.name, 0)))
+        units.append(PlannedUnit(unit.name, tuple(linears), owned_bytes(model, unit), written.get(unit.name, 0)))
     return units
 
 
@@ -203,4 +215,4 @@ def _peak(
         return 2 * largest_codes + 2 * largest_codes + queue
     resident = sum(blocks) if runner.keeps_model else max(blocks, default=0)
     copies = max(blocks, default=0) // 2 if quantized_copy else largest_codes
-    return resident + copies + queue + activation_bytes + 8 * _MIB
+    return resident + copies + queue + activation_bytes + _COMPUTE_LIBRARIES

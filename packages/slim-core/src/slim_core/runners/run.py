@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,9 @@ from safetensors import safe_open
 
 from slim_core.checkpoint.header import DTYPE_NAMES
 from slim_core.checkpoint.source import LazyTensor
-from slim_core.checkpoint.staging import Staging
+from slim_core.checkpoint.staging import JOURNAL, Staging
 from slim_core.checkpoint.writer import ShardedWriter
-from slim_core.errors import SlimError, VerificationError
+from slim_core.errors import VerificationError
 from slim_core.logging import get_logger
 from slim_core.model.units import StreamedModel, Unit
 from slim_core.processors.base import LinearWork, UnitWork
@@ -35,13 +36,15 @@ Inputs = Sequence[Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class LinearRecord:
-    """What happened to one linear. ``low`` and ``high`` bound its observed inputs; None if they were not observed."""
+    """What happened to one linear. ``low`` and ``high`` bound its inputs on ``tokens`` tokens; None if not observed."""
 
     name: str
     kind: str
     weight_sqnr_db: float
     low: float | None
     high: float | None
+    tokens: int | None = None
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -97,7 +100,9 @@ class _Bench:
         if position < len(self.model.units):
             unit = self.model.units[position]
             assigned = {info.prefix for info in unit.linears if info.name in self.plan.assignments}
-            names = [name for name in unit.tensors.values() if self.plan.needs_data or name.rpartition(".")[0] in assigned]
+            names = [
+                name for name in unit.tensors.values() if self.plan.needs_data or name.rpartition(".")[0] in assigned
+            ]
             self.model.source.prefetch(names)
 
 
@@ -125,7 +130,6 @@ def run_plan(
     Raises:
         SlimError: whatever went wrong; an interrupted run can be resumed if at least one unit was finished.
     """
-    assert plan.output is not None
     began = time.monotonic()
     staging = Staging(save_path, fingerprint, resume=resume)
     result = RunResult(
@@ -136,6 +140,7 @@ def run_plan(
         bytes_in=plan.bytes_in,
         bytes_out=plan.bytes_out,
     )
+    _recall(staging.folder / JOURNAL, result)
     by_unit: dict[str, list[PlannedTensor]] = {unit.name: [] for unit in model.units}
     for tensor in plan.output.tensors:
         by_unit[tensor.unit].append(tensor)
@@ -153,21 +158,30 @@ def run_plan(
             with torch.no_grad():
                 _work_through(bench, progress)
             writer.finish()
-        for saver in plan.savers[:1]:
-            saver.complete(staging.folder, model, plan.output)
+        plan.saver.complete(staging.folder, model, plan.output)
         result.seconds = time.monotonic() - began
         result.peak_bytes = peak_memory()
         if finish is not None:
             finish(staging.folder, result)
         check_shards(staging.folder, plan.output)
         staging.commit()
-    except BaseException as error:
-        if staging.leave() and not isinstance(error, SlimError):
-            _logger.warning("interrupted; run again with --resume to continue at the unit after %s", staging.finished[-1])
+    except BaseException:
+        if staging.leave():
+            _logger.warning(
+                "interrupted; run again with --resume to continue at the unit after %s", staging.finished[-1]
+            )
         raise
     finally:
         progress.stop()
     return result
+
+
+def _recall(journal: Path, result: RunResult) -> None:
+    """Take over what an interrupted run noted of the units it finished."""
+    for note in map(json.loads, journal.read_text("utf-8").splitlines()):
+        if cost := note.get("cost"):
+            result.units.append(UnitRecord(**cost))
+            result.linears += [LinearRecord(**linear) for linear in note["linears"]]
 
 
 def _work_through(bench: _Bench, progress: Progress) -> None:
@@ -178,21 +192,19 @@ def _work_through(bench: _Bench, progress: Progress) -> None:
     for position, unit in enumerate(model.units):
         bench.prefetch(position + 1)
         progress.begin(unit.name)
-        began = time.monotonic()
+        began, before = time.monotonic(), len(bench.result.linears)
         finished = unit.name in bench.staging.finished
         if unit.block is not None and bench.block_forwards is not None:
             _calibrated_block(bench, unit, bench.block_forwards, finished)
         elif not finished:
             _quantize(bench, unit, {})
         if not finished:
-            planned = plan.units[position]
-            bench.result.units.append(
-                UnitRecord(
-                    unit.name, time.monotonic() - began, resident_memory(), planned.bytes_in, planned.bytes_out
-                )
-            )
-            name = unit.name
-            bench.writer.after_writing(lambda name=name: bench.staging.record(name))
+            planned, seconds = plan.units[position], time.monotonic() - began
+            cost = UnitRecord(unit.name, seconds, resident_memory(), planned.bytes_in, planned.bytes_out)
+            bench.result.units.append(cost)
+            records = [asdict(record) for record in bench.result.linears[before:]]
+            note: dict[str, object] = {"cost": asdict(cost), "linears": records}
+            bench.writer.after_writing(lambda name=unit.name, note=note: bench.staging.record(name, note))
         if not plan.runner.keeps_model:
             model.source.release(unit.tensors.values())
         progress.done(unit.name)
@@ -223,24 +235,21 @@ def _quantize(
     bench: _Bench, unit: Unit, ranges: Mapping[str, TensorRange], *, keep: bool = False, write: bool = True
 ) -> dict[str, QuantizedLinear]:
     """Let the processors work on a unit; finished layers go to the saver at once. Returns them if they are to be kept."""
-    model, plan, saver = bench.model, bench.plan, bench.plan.savers[0]
+    model, plan, saver = bench.model, bench.plan, bench.plan.saver
     layers: dict[str, QuantizedLinear] = {}
     if not (write or keep):
         return layers
+
+    began = [time.monotonic()]
 
     def finish(work: LinearWork, layer: QuantizedLinear, sqnr_db: float) -> None:
         if write:
             saver.write_layer(bench.writer, work.info, layer)
             seen = ranges.get(work.info.name)
-            bench.result.linears.append(
-                LinearRecord(
-                    work.info.name,
-                    str(layer.kind),
-                    sqnr_db,
-                    seen.minimum if seen else None,
-                    seen.maximum if seen else None,
-                )
-            )
+            low, high, tokens = (seen.minimum, seen.maximum, seen.tokens) if seen else (None, None, None)
+            seconds, began[0] = time.monotonic() - began[0], time.monotonic()
+            record = LinearRecord(work.info.name, str(layer.kind), sqnr_db, low, high, tokens, seconds)
+            bench.result.linears.append(record)
         if keep:
             layers[work.info.name] = layer
         if bench.block_forwards is None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -13,10 +12,11 @@ from torch import Tensor
 
 from slim_core.checkpoint.source import TensorMeta
 from slim_core.checkpoint.writer import lay_out
+from slim_core.errors import InvalidModelError
 from slim_core.model.units import LinearInfo, StreamedModel, Unit
 from slim_core.processors.base import Assignment
 from slim_core.quantization.kinds import LayerKind
-from slim_core.quantization.layers import QuantizedLinear, W8A8Dynamic, W8A8Static, W8A16
+from slim_core.quantization.layers import W8A16, QuantizedLinear, W8A8Dynamic, W8A8Static
 from slim_core.recipe import SaverConfig
 from slim_core.savers.base import Output, PlannedTensor, Saver
 from slim_core.savers.side_files import copy_side_files, write_json
@@ -96,12 +96,19 @@ class AscendV1Saver(Saver):
     def declare(self, model: StreamedModel, assignments: Mapping[str, Assignment]) -> Output:
         self._deq_dtype = deq_scale_dtype(model.dtype)
         tensors = [tensor for unit in model.units for tensor in self._unit(model, unit, assignments)]
+        names: set[str] = set()
+        for tensor in tensors:
+            if tensor.meta.name in names:
+                raise InvalidModelError(
+                    f"the checkpoint holds {tensor.meta.name!r}, a name that a quantized linear needs",
+                    where=str(model.folder),
+                    remedy="exclude that linear, or start from a checkpoint that is not quantized",
+                )
+            names.add(tensor.meta.name)
         shards = lay_out([tensor.meta for tensor in tensors], STEM, self.config.part_file_size * _GIB)
         return Output(tuple(tensors), tuple(shards))
 
-    def _unit(
-        self, model: StreamedModel, unit: Unit, assignments: Mapping[str, Assignment]
-    ) -> list[PlannedTensor]:
+    def _unit(self, model: StreamedModel, unit: Unit, assignments: Mapping[str, Assignment]) -> list[PlannedTensor]:
         quantized = {info.prefix: info for info in unit.linears if info.name in assignments}
         replaced = {f"{prefix}.{part}" for prefix in quantized for part in ("weight", "bias")}
         planned: list[PlannedTensor] = []

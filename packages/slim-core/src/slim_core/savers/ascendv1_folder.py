@@ -13,7 +13,7 @@ from torch import Tensor
 from slim_core.checkpoint.reader import Checkpoint
 from slim_core.errors import InvalidModelError, UnsupportedError, VerificationError
 from slim_core.quantization.kinds import LayerKind
-from slim_core.quantization.layers import QuantizedLinear, W8A8Dynamic, W8A8Static, W8A16
+from slim_core.quantization.layers import W8A16, QuantizedLinear, W8A8Dynamic, W8A8Static
 from slim_core.savers.ascendv1 import DESCRIPTION_FILE, INDEX_FILE
 
 __all__ = ["GLOBAL_KEYS", "AscendV1Folder"]
@@ -72,7 +72,7 @@ class AscendV1Folder:
             UnsupportedError: its type is not known here.
             VerificationError: one of its tensors is missing.
         """
-        kind = self.types.get(f"{prefix}.weight", str(LayerKind.FLOAT))
+        kind = str(self.description.get(f"{prefix}.weight", LayerKind.FLOAT))
         match kind:
             case LayerKind.FLOAT:
                 return None

@@ -26,7 +26,7 @@ __all__ = ["Output", "PlannedTensor", "Saver", "create_saver"]
 class PlannedTensor:
     """One tensor of the output: what it is, the type its description says, and where it comes from.
 
-    ``origin`` is the checkpoint tensor that is passed on as it is; None for a parameter of the quantized linear ``owner``.
+    ``origin`` is the checkpoint tensor that is passed on as it is; None for a parameter of the linear ``owner``.
     """
 
     meta: TensorMeta

@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from slim_core.checkpoint.fp8_blocks import Fp8BlockSource, fp8_block_shape
 from slim_core.checkpoint.reader import Checkpoint
 from slim_core.checkpoint.source import TensorSource
 from slim_core.errors import InvalidModelError, SecurityError, UnsupportedError
+from slim_core.model.adapter import find_adapter
 from slim_core.model.skeleton import parameters_on_meta
 from slim_core.model.units import StreamedModel
 
@@ -37,16 +39,20 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def open_skeleton(folder: Path, config: dict[str, Any], *, trust_remote_code: bool) -> torch.nn.Module:
-    """The model class with its parameters on ``meta``, in the dtype that the configuration names.
+def open_skeleton(
+    folder: Path, config: dict[str, Any], *, trust_remote_code: bool, default_dtype: torch.dtype | None = None
+) -> torch.nn.Module:
+    """The model class with its parameters on ``meta``, in the dtype that the configuration names, or else the default.
 
     Raises:
         SecurityError: the model brings its own code and that is not trusted.
         UnsupportedError: transformers does not know this ``model_type``.
         InvalidModelError: the configuration does not make a model.
     """
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    refusals = (ValueError, KeyError, TypeError, OSError, ImportError, AttributeError, RuntimeError, ZeroDivisionError)
     if config.get("auto_map") and not trust_remote_code and not is_causal_lm(config):
         raise SecurityError(
             "this model needs Python code that ships with it",
@@ -63,9 +69,10 @@ def open_skeleton(folder: Path, config: dict[str, Any], *, trust_remote_code: bo
         parsed = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
         if hasattr(parsed, "quantization_config"):
             del parsed.quantization_config  # weights are decoded while they are read
+        dtype = parsed.dtype or default_dtype
         with parameters_on_meta():
-            return AutoModelForCausalLM.from_config(parsed, trust_remote_code=trust_remote_code, dtype=parsed.dtype)
-    except (ValueError, KeyError, TypeError, OSError, ImportError, AttributeError) as error:
+            return AutoModelForCausalLM.from_config(parsed, trust_remote_code=trust_remote_code, dtype=dtype)
+    except (*refusals, StrictDataclassError) as error:
         raise InvalidModelError(
             f"transformers cannot build the model: {type(error).__name__}: {error}", where=str(folder / "config.json")
         ) from error
@@ -89,7 +96,7 @@ def open_model(folder: Path, *, trust_remote_code: bool = False) -> StreamedMode
     block = fp8_block_shape(config)
     if quantization and block is None:
         raise UnsupportedError(
-            f"the source is already quantized ({quantization.get('quant_method', 'unknown method')})",
+            f"the source is already quantized ({_method(quantization)})",
             where=str(folder / "config.json"),
             remedy="start from the floating-point checkpoint or a block-quantised FP8 one",
         )
@@ -100,8 +107,25 @@ def open_model(folder: Path, *, trust_remote_code: bool = False) -> StreamedMode
     source: TensorSource = Checkpoint(folder)
     if block is not None:
         source = Fp8BlockSource(source, block)
-    module = open_skeleton(folder, config, trust_remote_code=trust_remote_code)
-    return StreamedModel(module, source, folder, config)
+    module = open_skeleton(folder, config, trust_remote_code=trust_remote_code, default_dtype=_main_dtype(source))
+    adapter = find_adapter(str(config.get("model_type")))
+    return StreamedModel(module, source, folder, config, adapter.blocks, adapter.tensor_name)
+
+
+def _main_dtype(source: TensorSource) -> torch.dtype | None:
+    """The floating dtype that most of the checkpoint is stored in."""
+    sizes: dict[torch.dtype, int] = {}
+    for name in source:
+        meta = source.meta(name)
+        if meta.dtype.is_floating_point:
+            sizes[meta.dtype] = sizes.get(meta.dtype, 0) + meta.numel
+    return max(sizes, key=lambda dtype: sizes[dtype], default=None)
+
+
+def _method(quantization: Any) -> str:
+    return (
+        str(quantization.get("quant_method", "unknown method")) if isinstance(quantization, dict) else "unknown method"
+    )
 
 
 def open_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:

@@ -1,0 +1,157 @@
+"""The commands themselves, without their argument parser: ``slim`` and ``python -m slim_llm`` both end here."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from slim_core.checkpoint.staging import check_target
+from slim_core.console import ask, say, show_table
+from slim_core.dispatch import choose_recipe, match_practice, open_library, service_for
+from slim_core.errors import EnvError, SecurityError, UnsupportedError
+from slim_core.progress import show_progress
+from slim_core.recipe import dump_recipe, load_recipe
+from slim_core.service import EvalRequest, QuantRequest, find_service
+from slim_core.sizes import human_size
+
+if TYPE_CHECKING:
+    from slim_core.evaluation.perplexity import EvalResult
+    from slim_core.runners.plan import Plan
+    from slim_core.runners.run import RunResult
+
+__all__ = [
+    "effective_recipe",
+    "evaluate",
+    "list_practices",
+    "match_practices",
+    "quantize",
+    "show_practice",
+    "write_file",
+]
+
+
+def quantize(request: QuantRequest) -> None:
+    """``quant``: choose a recipe, show the plan and, unless it is a dry run, carry it out."""
+    problem = _target_problem(request)
+    if problem and not request.dry_run:
+        raise problem
+    recipe, service = choose_recipe(request, ask)
+    if not request.dry_run:
+        say(_outcome(service.quantize(request, recipe, show_progress(), on_plan=_show_summary)))
+        return
+    from slim_core.runners.plan_text import render_plan
+
+    say(render_plan(service.plan(request, recipe)))
+    if problem:
+        say(f"\nThe run itself would be refused: {problem}")
+
+
+def _show_summary(plan: Plan) -> None:
+    from slim_core.runners.plan_text import render_summary
+
+    say(render_summary(plan))
+
+
+def _target_problem(request: QuantRequest) -> SecurityError | None:
+    try:
+        check_target(request.save_path, request.model_path, request.overwrite or request.resume)
+    except SecurityError as error:
+        return error
+    return None
+
+
+def _outcome(result: RunResult) -> str:
+    share = f" ({result.bytes_out / result.bytes_in:.0%})" if result.bytes_in else ""
+    resumed = f", {result.resumed_units} units taken over from the interrupted run" if result.resumed_units else ""
+    lines = {
+        "written to": str(result.save_path),
+        "weights": f"{human_size(result.bytes_in)} -> {human_size(result.bytes_out)}{share}",
+        "time": f"{result.seconds:.1f} s{resumed}",
+        "peak memory": f"{human_size(result.peak_bytes)}, of which {human_size(result.base_bytes)} before the run",
+    }
+    report = result.save_path / "report.html"
+    if report.exists():
+        lines["report"] = str(report)
+    return "Done\n" + "\n".join(f"  {key:<12} {value}" for key, value in lines.items())
+
+
+def evaluate(request: EvalRequest, json_path: Path | None = None) -> None:
+    """``eval``: score a model and, if asked, its quantized files; as a table and optionally as a JSON file."""
+    result = service_for(request.model_path).evaluate(request, show_progress())
+    show_table(*_score_table(result))
+    if json_path is not None:
+        asked = {
+            "model_path": str(request.model_path),
+            "quantized": None if request.quantized is None else str(request.quantized),
+            "text": None if request.text is None else str(request.text),
+            "sequence_length": request.sequence_length,
+            "max_windows": request.max_windows,
+        }
+        write_file(json_path, json.dumps({**asked, **asdict(result), "ratio": result.ratio}, indent=2) + "\n")
+
+
+def _score_table(result: EvalResult) -> tuple[list[str], list[list[str]]]:
+    if result.quantized_perplexity is None:
+        return ["", "original"], [["perplexity", f"{result.perplexity:.4f}"], ["tokens", str(result.tokens)]]
+    rows = [
+        ["perplexity", f"{result.perplexity:.4f}", f"{result.quantized_perplexity:.4f}"],
+        ["ratio", "", f"{result.ratio:.4f}"],
+        ["KL divergence (nats)", "", f"{result.kl_divergence:.5f}"],
+        ["top-1 agreement", "", f"{result.top1_agreement:.2%}"],
+        ["tokens", str(result.tokens), str(result.tokens)],
+    ]
+    return ["", "original", "quantized"], rows
+
+
+def list_practices() -> None:
+    """``practices list``: one row for each practice, as they are tried."""
+    library = open_library()
+    rows: list[list[str]] = []
+    for practice in library.list():
+        models = [*practice.metadata.verified_model_types, *practice.metadata.verified_tags]
+        shown = ", ".join(dict.fromkeys(models)) or "any"
+        score = f"{practice.metadata.score:g}"
+        rows.append([practice.pedigree, practice.config_id, practice.quant_type or "-", score, shown])
+    show_table(["pedigree", "id", "quant type", "score", "models"], rows)
+
+
+def show_practice(config_id: str) -> None:
+    """``practices show``: the recipe as it stands in the library."""
+    say(open_library().show(config_id).path.read_text("utf-8").rstrip())
+
+
+def match_practices(model_type: str, quant_type: str | None, tags: list[str]) -> None:
+    """``practices match``: what ``quant`` would choose, and what it would ask first."""
+    selection = match_practice(model_type, quant_type, tags)
+    practice = selection.practice
+    known = f"pedigree {practice.pedigree}, {practice.quant_type}, score {practice.metadata.score:g}"
+    say(f"practice  {practice.config_id} ({known})")
+    say(f"file      {practice.path}")
+    say(f"question  {selection.question or 'none'}")
+
+
+def effective_recipe(path: Path) -> str:
+    """``recipe check``: a recipe with every default filled in.
+
+    Raises:
+        SlimError: it is invalid, its package is not installed, or nobody here can check its ``spec``.
+    """
+    recipe = load_recipe(path)
+    find_service(recipe.apiversion, where=f"{path}: apiversion")
+    if recipe.apiversion != "modelslim_v1":
+        raise UnsupportedError(f"the spec of {recipe.apiversion} cannot be checked in this version", where=str(path))
+    return dump_recipe(recipe)
+
+
+def write_file(path: Path, text: str) -> None:
+    """Write a text file that the user asked for.
+
+    Raises:
+        EnvError: it cannot be written.
+    """
+    try:
+        path.write_text(text, "utf-8")
+    except OSError as error:
+        raise EnvError(f"cannot be written: {error.strerror}", where=str(path)) from error

@@ -1,0 +1,159 @@
+"""``slim inspect``: what a folder holds, from its headers and its description."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from slim_core.checkpoint.header import DTYPE_NAMES, StoredTensor
+from slim_core.checkpoint.reader import Checkpoint
+from slim_core.savers.ascendv1 import DESCRIPTION_FILE
+from slim_core.savers.ascendv1_folder import AscendV1Folder
+from slim_core.sizes import human_size
+
+__all__ = ["Inspection", "Tally", "inspect_folder"]
+
+_SHOWN = 12
+_Key = TypeVar("_Key")
+
+
+@dataclass(frozen=True)
+class Tally:
+    """Tensors of one sort. ``modules`` counts the modules whose weight is among them."""
+
+    tensors: int
+    modules: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What a folder holds.
+
+    Args:
+        format: ``ascendv1``, or ``float`` for a model that is not quantized in this format.
+        model_quant_type: the type of the whole model; None for a float model.
+        files: every file of the folder and its size.
+        shards: weight file to what it holds.
+        types: type (dtype in a float model) to what has it.
+        leaves: last part of a module's name and type, to what goes by them.
+        float_linears: two-dimensional weights that are not quantized.
+        global_keys: keys of the description that name no tensor.
+    """
+
+    path: Path
+    format: str
+    model_quant_type: str | None
+    files: Mapping[str, int]
+    shards: Mapping[str, Tally]
+    types: Mapping[str, Tally]
+    leaves: Mapping[tuple[str, str], Tally]
+    float_linears: Sequence[str]
+    global_keys: Mapping[str, Any]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(tally.nbytes for tally in self.types.values())
+
+    @property
+    def tensors(self) -> int:
+        return sum(tally.tensors for tally in self.types.values())
+
+    def text(self) -> str:
+        """A plain table to print."""
+        quantized = self.model_quant_type is not None
+        head = [
+            f"{self.path}",
+            f"format {self.format}"
+            + (f", type {self.model_quant_type}" if quantized else "")
+            + f", {self.tensors} tensors, {human_size(self.nbytes)}",
+        ]
+        sort = "type" if quantized else "dtype"
+        total = max(self.nbytes, 1)
+        types = [(k, str(t.tensors), human_size(t.nbytes), f"{t.nbytes / total:.1%}") for k, t in self.types.items()]
+        leaves = [(leaf, kind, str(t.modules), human_size(t.nbytes)) for (leaf, kind), t in self.leaves.items()]
+        shards = [(name, str(t.tensors), human_size(t.nbytes)) for name, t in self.shards.items()]
+        others = [(name, human_size(size)) for name, size in self.files.items() if name not in self.shards]
+        parts = [
+            "\n".join(head),
+            _table((sort, "tensors", "size", "share"), types),
+            _table(("module", sort, "count", "size"), leaves),
+            _table(("weight file", "tensors", "size"), shards),
+            _table(("other file", "size"), others),
+        ]
+        if quantized:
+            parts.append(_table(("key", "value"), [(k, repr(v)) for k, v in self.global_keys.items()], right=False))
+            names = list(self.float_linears[:_SHOWN])
+            more = [f"  ... and {len(self.float_linears) - _SHOWN} more"] if len(self.float_linears) > _SHOWN else []
+            parts.append("\n".join([f"not quantized ({len(self.float_linears)})", *(f"  {n}" for n in names), *more]))
+        return "\n\n".join(parts)
+
+
+def inspect_folder(path: Path) -> Inspection:
+    """Look into an ascendv1 folder or a plain model folder.
+
+    Raises:
+        InvalidModelError: there are no weights, or description, index or a header cannot be read.
+    """
+    if (path / DESCRIPTION_FILE).exists():
+        folder = AscendV1Folder(path)
+        source, types = folder.source, folder.types
+        labels = {name: types.get(name, "(no entry)") for name in source}
+        keys = {key: value for key, value in folder.description.items() if key not in types}
+        quant_type = str(keys.get("model_quant_type", "Unknown"))
+    else:
+        source, keys, quant_type = Checkpoint(path), {}, None
+        labels = {name: DTYPE_NAMES[source.stored(name).dtype] for name in source}
+    stored = [source.stored(name) for name in source]
+    floats = [
+        tensor.name.removesuffix(".weight")
+        for tensor in stored
+        if tensor.name.endswith(".weight") and len(tensor.shape) == 2 and labels[tensor.name] == "FLOAT"
+    ]
+    return Inspection(
+        path=path,
+        format="float" if quant_type is None else "ascendv1",
+        model_quant_type=quant_type,
+        files={str(f.relative_to(path)): f.stat().st_size for f in sorted(path.rglob("*")) if f.is_file()},
+        shards=dict(sorted(_tally((tensor.file.name, tensor) for tensor in stored).items())),
+        types=_tally((labels[tensor.name], tensor) for tensor in stored),
+        leaves=_leaves(stored, labels),
+        float_linears=floats,
+        global_keys=keys,
+    )
+
+
+def _leaves(stored: Sequence[StoredTensor], labels: Mapping[str, str]) -> dict[tuple[str, str], Tally]:
+    """All tensors of a module count under the type of its weight."""
+
+    def of(tensor: StoredTensor) -> tuple[str, str]:
+        prefix = tensor.name.rpartition(".")[0]
+        return prefix.rpartition(".")[2] or tensor.name, labels.get(f"{prefix}.weight", labels[tensor.name])
+
+    return _tally((of(tensor), tensor) for tensor in stored)
+
+
+def _tally(tensors: Iterable[tuple[_Key, StoredTensor]]) -> dict[_Key, Tally]:
+    counts: dict[_Key, tuple[int, int, int]] = {}
+    for key, tensor in tensors:
+        count, modules, nbytes = counts.get(key, (0, 0, 0))
+        counts[key] = count + 1, modules + tensor.name.endswith(".weight"), nbytes + tensor.nbytes
+    return {key: Tally(*numbers) for key, numbers in counts.items()}
+
+
+def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]], *, right: bool = True) -> str:
+    """Columns under their heads; words to the left, numbers (all but the first columns of words) to the right."""
+    widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
+    words = 2 if head[0] == "module" else 1
+
+    def line(row: tuple[str, ...]) -> str:
+        cells = [
+            cell.rjust(width) if right and i >= words else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        return "  ".join(cells).rstrip()
+
+    return "\n".join(line(row) for row in (head, *rows))

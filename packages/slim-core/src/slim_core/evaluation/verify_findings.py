@@ -1,0 +1,101 @@
+"""What the checks of a folder share: where they note what they find, and what they know of the folder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+
+from slim_core.checkpoint.header import StoredTensor
+
+__all__ = ["CACHE", "FLOAT", "Contents", "Findings", "Module", "as_object", "form"]
+
+FLOAT = "FLOAT"
+CACHE = "C8"
+
+
+def as_object(value: Any) -> dict[str, Any] | None:
+    """A JSON or YAML object; None if the value is something else."""
+    return cast(dict[str, Any], value) if isinstance(value, dict) else None
+
+
+def form(dtype: torch.dtype | None, shape: tuple[int, ...] | None = None) -> str:
+    """Dtype and shape for a message, e.g. ``int8 [64, 32]``."""
+    name = str(dtype).removeprefix("torch.")
+    return name if shape is None else f"{name} {list(shape)}"
+
+
+@dataclass
+class Findings:
+    """What was found so far. A problem makes the folder wrong; a warning is worth knowing."""
+
+    problems: list[str] = field(default_factory=list[str])
+    warnings: list[str] = field(default_factory=list[str])
+
+    def problem(self, where: str, text: str) -> None:
+        self.problems.append(f"{where}: {text}")
+
+    def warn(self, where: str, text: str) -> None:
+        self.warnings.append(f"{where}: {text}")
+
+
+@dataclass(frozen=True)
+class Module:
+    """The tensors of one module: ``parts`` maps the last part of their names to their types in the description."""
+
+    prefix: str
+    parts: Mapping[str, str]
+
+    @property
+    def kind(self) -> str:
+        """The type of the module: that of its weight, or of whatever it has that is not a float bias."""
+        if "weight" in self.parts:
+            return self.parts["weight"]
+        return next((kind for suffix, kind in self.parts.items() if suffix != "bias"), FLOAT)
+
+
+@dataclass
+class Contents:
+    """A folder as its description, headers and configuration tell it.
+
+    Args:
+        types: tensor to type, global keys left out.
+        globals: the keys of the description that name no tensor.
+        placed: where every tensor of the weight files lies.
+        config: the content of ``config.json``; empty if it is missing or broken.
+    """
+
+    folder: Path
+    types: dict[str, str] = field(default_factory=dict[str, str])
+    globals: dict[str, Any] = field(default_factory=dict[str, Any])
+    placed: dict[str, StoredTensor] = field(default_factory=dict[str, StoredTensor])
+    config: dict[str, Any] = field(default_factory=dict[str, Any])
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """The dtype of the model, the first that ``config.json`` names; None if it names none."""
+        for part in (self.config, self.config.get("text_config"), self.config.get("vision_config")):
+            known = as_object(part) or {}
+            name = known.get("dtype") or known.get("torch_dtype")
+            found = getattr(torch, str(name).removeprefix("torch."), None)
+            if isinstance(found, torch.dtype):
+                return found
+        return None
+
+    def setting(self, key: str) -> Any:
+        """A value of ``config.json``, also looked for in ``text_config``."""
+        text = as_object(self.config.get("text_config")) or {}
+        return self.config.get(key, text.get(key))
+
+    def modules(self) -> Iterator[Module]:
+        """All modules that own a described tensor, in the order of the description; the cache tensors of C8 aside."""
+        parts: dict[str, dict[str, str]] = {}
+        for name, kind in self.types.items():
+            if kind == CACHE:
+                continue
+            prefix, _, suffix = name.rpartition(".")
+            parts.setdefault(prefix, {})[suffix] = kind
+        return (Module(prefix, found) for prefix, found in parts.items())

@@ -1,0 +1,172 @@
+"""Whether every module has the tensors its type asks for, and whether engines can load them together."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+
+import torch
+import yaml
+
+from slim_core.evaluation.verify_findings import CACHE, FLOAT, Contents, Findings, Module, form
+from slim_core.model.units import LinearInfo
+from slim_core.quantization.kinds import LayerKind
+from slim_core.savers.ascendv1 import PARAMETERS
+from slim_core.savers.loaders import engines, is_loadable, layer_class
+
+__all__ = ["Loadable", "check_fusions", "check_modules", "loadable_layers"]
+
+# Types of the format whose tensors are not checked one by one here.
+_UNCHECKED = re.compile(
+    r"FAQuant|W16A16S|W8A8_MIX|W8A8SC?|W4A8_DYNAMIC|W4A4_DYNAMIC|W8A8FP8_DYNAMIC|WFP8AFP8_DYNAMIC|W8A8_MXFP8|W4A8_MXFP"
+    r"|W4A4_MXFP4|W4A4_MXFP4_DUALSCALE|\w+_(FLATQUANT|SVD)(_DYNAMIC)?"
+)
+_QUANTIZATION_PARTS = frozenset(
+    {"weight_scale", "weight_offset", "quant_bias", "input_scale", "input_offset", "deq_scale", "scale_bias"}
+    | {"weight_dual_scale", "weight_scale_second", "weight_offset_second", "clip_ratio"}
+)
+_EXPERT = re.compile(r"^(.*\.experts)\.\d+\.[^.]+$")
+
+
+@dataclass(frozen=True)
+class Loadable:
+    """How many layers of one type there are at one kind of place (``linear``, ``experts``), and whether an engine has a
+    class for them."""
+
+    engine: str
+    kind: str
+    place: str
+    count: int
+    loadable: bool
+    example: str
+
+
+def _is_linear(module: Module, contents: Contents) -> bool:
+    stored = contents.placed.get(f"{module.prefix}.weight")
+    return module.kind != FLOAT or (stored is not None and len(stored.shape) == 2)
+
+
+def check_modules(contents: Contents, findings: Findings) -> list[Module]:
+    """Check types, names, dtypes and shapes of every module.
+
+    Returns:
+        The quantized modules that are complete, so that their values can be checked.
+    """
+    complete: list[Module] = []
+    cached = [name for name, kind in contents.types.items() if kind == CACHE]
+    unknown: dict[str, list[str]] = {CACHE: cached} if cached else {}
+    for module in contents.modules():
+        before = len(findings.problems)
+        if module.kind == FLOAT:
+            _check_float(module, contents, findings)
+        elif module.kind in PARAMETERS:
+            _check_quantized(module, LayerKind(module.kind), contents, findings)
+            if len(findings.problems) == before:
+                complete.append(module)
+        elif _UNCHECKED.fullmatch(module.kind):
+            unknown.setdefault(module.kind, []).append(module.prefix)
+        else:
+            findings.problem(module.prefix, f"has the type {module.kind!r}, which the format does not know")
+    for kind, prefixes in unknown.items():
+        findings.warn(prefixes[0], f"what has the type {kind} is not checked further ({len(prefixes)} such)")
+    return complete
+
+
+def _check_float(module: Module, contents: Contents, findings: Findings) -> None:
+    for suffix, kind in module.parts.items():
+        name = f"{module.prefix}.{suffix}"
+        if suffix in _QUANTIZATION_PARTS:
+            findings.problem(name, "is a quantization parameter of a module whose weight is FLOAT")
+        elif kind != FLOAT:
+            findings.problem(name, f"has the type {kind}, expected FLOAT as for the module's weight")
+        stored = contents.placed.get(name)
+        if suffix == "weight" and stored is not None and not stored.dtype.is_floating_point:
+            findings.problem(name, f"is FLOAT but stored as {form(stored.dtype, stored.shape)}")
+
+
+def _check_quantized(module: Module, kind: LayerKind, contents: Contents, findings: Findings) -> None:
+    expected = PARAMETERS[kind]
+    for suffix in expected:
+        if suffix not in module.parts:
+            findings.problem(f"{module.prefix}.{suffix}", f"is missing; a {kind} layer has it")
+    for suffix, label in module.parts.items():
+        name = f"{module.prefix}.{suffix}"
+        want = FLOAT if suffix == "bias" else str(kind)
+        if suffix != "bias" and suffix not in expected:
+            findings.problem(name, f"does not belong to a {kind} layer, which has {', '.join(expected)}")
+        elif label != want:
+            findings.problem(name, f"has the type {label}, expected {want} as part of a {kind} layer")
+    weight = contents.placed.get(f"{module.prefix}.weight")
+    if weight is None:
+        return
+    if len(weight.shape) != 2:
+        findings.problem(weight.name, f"is {form(weight.dtype, weight.shape)}, expected a matrix")
+        return
+    out, width = weight.shape
+    info = LinearInfo(module.prefix, module.prefix, width, out, "bias" in module.parts, in_block=True)
+    shapes = {suffix: (dtype, shape(info)) for suffix, (dtype, shape) in expected.items()}
+    if "deq_scale" in shapes:
+        shapes["deq_scale"] = (torch.float32 if contents.dtype == torch.bfloat16 else torch.int64, (out,))
+    if "bias" in module.parts:
+        shapes["bias"] = (torch.float32, (out,))
+    for suffix, (dtype, shape) in shapes.items():
+        stored = contents.placed.get(f"{module.prefix}.{suffix}")
+        if stored is not None and (stored.dtype, stored.shape) != (dtype, shape):
+            why = f" in a {form(contents.dtype)} model" if suffix == "deq_scale" and stored.shape == shape else ""
+            findings.problem(stored.name, f"is {form(stored.dtype, stored.shape)}, expected {form(dtype, shape)}{why}")
+
+
+@cache
+def _fused() -> list[list[str]]:
+    table = files("slim_core.savers").joinpath("loader_tables.yaml").read_text("utf-8")
+    return yaml.safe_load(table)["fused"]
+
+
+def check_fusions(contents: Contents, findings: Findings) -> Iterator[tuple[str, list[str]]]:
+    """Check that linears which engines fuse have one type, and the experts of a layer too.
+
+    Yields:
+        Parent and leaf names of fused linears that are all W8A8, whose input parameters must therefore be equal.
+    """
+    kinds = {module.prefix: module.kind for module in contents.modules()}
+    parents: dict[str, dict[str, str]] = {}
+    experts: dict[str, dict[str, str]] = {}
+    for prefix, kind in kinds.items():
+        parent, _, leaf = prefix.rpartition(".")
+        parents.setdefault(parent, {})[leaf] = kind
+        if match := _EXPERT.match(prefix):
+            experts.setdefault(match[1], {})[prefix] = kind
+    for parent, leaves in parents.items():
+        for group in _fused():
+            present = {leaf: leaves[leaf] for leaf in group if leaf in leaves}
+            if len(set(present.values())) > 1:
+                text = ", ".join(f"{leaf} is {kind}" for leaf, kind in present.items())
+                findings.problem(parent, f"engines fuse these linears and need one type: {text}")
+            elif len(present) > 1 and set(present.values()) == {str(LayerKind.W8A8)}:
+                yield parent, list(present)
+    for parent, members in experts.items():
+        if len(set(members.values())) > 1:
+            first, other = _two_kinds(members)
+            text = f"{first} is {members[first]}, {other} is {members[other]}"
+            findings.problem(parent, f"all experts of a layer need one type: {text}")
+
+
+def _two_kinds(members: Mapping[str, str]) -> tuple[str, str]:
+    first = next(iter(members))
+    return first, next(name for name, kind in members.items() if kind != members[first])
+
+
+def loadable_layers(contents: Contents, engine: str | None) -> list[Loadable]:
+    """For every engine (or the one given), type and place: how many layers, and whether there is a class for them."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for module in contents.modules():
+        if _is_linear(module, contents) and module.kind != "FAQuant":
+            found.setdefault((module.kind, layer_class(f"{module.prefix}.")), []).append(module.prefix)
+    return [
+        Loadable(name, kind, place, len(prefixes), is_loadable(name, kind, prefixes[0]), prefixes[0])
+        for name in ([engine] if engine else engines())
+        for (kind, place), prefixes in sorted(found.items())
+    ]

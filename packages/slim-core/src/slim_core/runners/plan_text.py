@@ -1,0 +1,127 @@
+"""A plan as plain text: a summary, then what every linear becomes and why, with equal blocks told once."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from slim_core.quantization.kinds import LayerKind
+from slim_core.runners.plan import Plan, PlannedLinear, PlannedUnit
+from slim_core.sizes import human_size
+
+__all__ = ["render_plan", "render_summary"]
+
+_NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
+
+
+def render_summary(plan: Plan) -> str:
+    """How many linears become what, which runner does it and why, size, memory, warnings."""
+    quantized = [f"{count} {kind}" for kind, count in plan.counts().items() if kind != LayerKind.FLOAT]
+    rows = [
+        ("linears", ", ".join([*quantized, f"{plan.counts().get(LayerKind.FLOAT, 0)} stay FLOAT"])),
+        ("runner", f"{plan.runner.name}: {plan.runner.reason}"),
+        ("device", str(plan.devices)),
+        ("data", _data(plan)),
+        ("output", _output(plan)),
+        ("memory", f"about {human_size(plan.peak_memory)} beyond the process itself"),
+    ]
+    lines = ["Plan", *(f"  {name:<10} {value}" for name, value in rows)]
+    if plan.warnings:
+        lines += [f"  {'warnings':<10} {len(plan.warnings)}", *(f"    - {warning}" for warning in plan.warnings)]
+    return "\n".join(lines)
+
+
+def _data(plan: Plan) -> str:
+    if not plan.needs_data:
+        return "no calibration data needed"
+    times = "one forward" if plan.forwards == 1 else f"{plan.forwards} forwards"
+    return f"{times} of each block for every sample, {human_size(plan.activation_bytes)} of activations"
+
+
+def _output(plan: Plan) -> str:
+    files = len(plan.output.shards)
+    share = f" ({plan.bytes_out / plan.bytes_in:.0%})" if plan.bytes_in else ""
+    return f"{human_size(plan.bytes_in)} -> {human_size(plan.bytes_out)}{share} in {files} file{'s' * (files > 1)}"
+
+
+def render_plan(plan: Plan) -> str:
+    """The summary, and below it unit by unit what each linear becomes and why.
+
+    Units that differ only in their number and treat their linears alike are told once, and so are such linears within
+    a unit (experts).
+    """
+    groups: dict[object, list[PlannedUnit]] = {}
+    for unit in plan.units:
+        groups.setdefault(_likeness(unit), []).append(unit)
+    listings = [(units, _linear_rows(units[0])) for units in groups.values()]
+    columns = [column for _, rows in listings for column in zip(*(row.cells for row in rows), strict=True)]
+    widths = [max((len(cell) for column in columns[i::3] for cell in column), default=0) for i in range(3)]
+    lines = [render_summary(plan)]
+    for units, rows in listings:
+        lines += ["", f"{_name_of(units)}: {_sizes_of(units)}"]
+        for row in rows:
+            cells = "  ".join(cell.ljust(width) for cell, width in zip(row.cells, widths, strict=True))
+            lines.append(f"  {cells}  {row.reason}")
+    return "\n".join(lines)
+
+
+def _likeness(unit: PlannedUnit) -> object:
+    """Equal for units that are told together."""
+    linears = tuple(
+        (linear.name.removeprefix(f"{unit.name}."), linear.kind, linear.reason, linear.out_features, linear.in_features)
+        for linear in unit.linears
+    )
+    return _with_last_number(unit.name, "*"), linears, unit.bytes_in, unit.bytes_out
+
+
+def _name_of(units: Sequence[PlannedUnit]) -> str:
+    if len(units) == 1:
+        return units[0].name
+    return f"{_ranged([unit.name for unit in units])} ({len(units)} units)"
+
+
+def _sizes_of(units: Sequence[PlannedUnit]) -> str:
+    first = units[0]
+    each = " each" if len(units) > 1 else ""
+    what = "" if first.linears else ", no linear"
+    return f"{human_size(first.bytes_in)} -> {human_size(first.bytes_out)}{each}{what}"
+
+
+@dataclass(frozen=True)
+class _Row:
+    cells: tuple[str, str, str]
+    reason: str
+
+
+def _linear_rows(unit: PlannedUnit) -> list[_Row]:
+    groups: dict[object, list[PlannedLinear]] = {}
+    for linear in unit.linears:
+        inner = linear.name.removeprefix(f"{unit.name}.")
+        alike = (_with_last_number(inner, "*"), linear.kind, linear.reason, linear.out_features, linear.in_features)
+        groups.setdefault(alike, []).append(linear)
+    rows: list[_Row] = []
+    for linears in groups.values():
+        first = linears[0]
+        name = first.name.removeprefix(f"{unit.name}.")
+        if len(linears) > 1:
+            inner = [linear.name.removeprefix(f"{unit.name}.") for linear in linears]
+            name = f"{_ranged(inner)} ({len(linears)} linears)"
+        rows.append(_Row((name, f"{first.out_features} x {first.in_features}", str(first.kind)), first.reason))
+    return rows
+
+
+def _ranged(names: Sequence[str]) -> str:
+    """Names that differ in their last number as one, e.g. ``model.layers.0-3,5``."""
+    ranges: list[list[int]] = []
+    for number in sorted({int(_NUMBER.findall(name)[-1]) for name in names}):
+        if ranges and number == ranges[-1][1] + 1:
+            ranges[-1][1] = number
+        else:
+            ranges.append([number, number])
+    return _with_last_number(names[0], ",".join(str(low) if low == high else f"{low}-{high}" for low, high in ranges))
+
+
+def _with_last_number(name: str, text: str) -> str:
+    found = list(_NUMBER.finditer(name))
+    return f"{name[: found[-1].start()]}{text}{name[found[-1].end() :]}" if found else name

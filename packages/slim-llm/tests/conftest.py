@@ -1,0 +1,174 @@
+"""Tiny random models of every family, and quantization runs over them; each is made once."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from slim_core.progress import SilentProgress
+from slim_core.recipe import recipe_from_dict
+from slim_core.runners.run import RunResult
+from slim_core.service import QuantRequest
+from slim_llm.service import LlmService
+
+TOKENIZER = Path(__file__).parents[3] / "examples" / "tiny-qwen3"
+SMALL: dict[str, Any] = {
+    "vocab_size": 3072,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+    "bos_token_id": 3069,
+    "eos_token_id": 3071,
+    "pad_token_id": 3069,
+}
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("LlamaConfig", {}),
+    "qwen2": ("Qwen2Config", {"tie_word_embeddings": True}),
+    "qwen3": ("Qwen3Config", {}),
+    "mistral": ("MistralConfig", {"sliding_window": 8}),
+    "gemma3": ("Gemma3TextConfig", {"sliding_window": 8}),
+    "phi3": ("Phi3Config", {}),
+    "glm4": ("Glm4Config", {}),
+    "olmo2": ("Olmo2Config", {}),
+}
+TEXTS = (
+    "A generator is a function that returns an iterator.",
+    "The with statement wraps the execution of a block with methods defined by a context manager, which is convenient.",
+    "Hello, world!",
+    "量化把浮点数变成整数。",
+    "def add(a, b):\n    return a + b\n",
+)
+# Short names of the recipes: activation and weight of one linear_quant.
+WEIGHT: dict[str, Any] = {"dtype": "int8", "scope": "per_channel", "symmetric": True, "method": "minmax"}
+SCHEMES: dict[str, dict[str, Any]] = {
+    "static": {
+        "act": {"dtype": "int8", "scope": "per_tensor", "symmetric": False, "method": "minmax"},
+        "weight": WEIGHT,
+    },
+    "static-symmetric": {
+        "act": {"dtype": "int8", "scope": "per_tensor", "symmetric": True, "method": "minmax"},
+        "weight": WEIGHT,
+    },
+    "dynamic": {
+        "act": {"dtype": "int8", "scope": "per_token", "symmetric": True, "method": "minmax"},
+        "weight": WEIGHT,
+    },
+    "w8a16": {"weight": WEIGHT},
+    "w8a16-asymmetric": {"weight": WEIGHT | {"symmetric": False}},
+}
+
+
+def build(family: str, dtype: torch.dtype, folder: Path) -> None:
+    name, options = FAMILIES[family]
+    config = getattr(transformers, name)(**{**SMALL, **options})
+    torch.manual_seed(sum(map(ord, family)))
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    with torch.no_grad():
+        for path, parameter in model.named_parameters():
+            if parameter.dim() == 1:  # norms and biases start as ones and zeros
+                parameter.normal_(1.0 if path.endswith("norm.weight") else 0.0, 0.3)
+            else:
+                parameter.normal_(0.0, 0.2)
+    model.save_pretrained(folder)
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(TOKENIZER / file, folder / file)
+
+
+@pytest.fixture(scope="session")
+def naive() -> ModuleType:
+    """The independent reader, ``naive.py`` in this folder."""
+    spec = importlib.util.spec_from_file_location("slim_llm_tests_naive", Path(__file__).with_name("naive.py"))
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    import sys
+
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+ModelFolder = Callable[..., Path]
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> ModelFolder:
+    """``model_folder(family, dtype)``: a saved model with a tokenizer."""
+    made: dict[tuple[str, torch.dtype], Path] = {}
+
+    def folder(family: str = "llama", dtype: torch.dtype = torch.bfloat16) -> Path:
+        if (family, dtype) not in made:
+            path = tmp_path_factory.mktemp(f"{family}-{str(dtype).removeprefix('torch.')}")
+            build(family, dtype, path)
+            made[family, dtype] = path
+        return made[family, dtype]
+
+    return folder
+
+
+@pytest.fixture(scope="session")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The calibration set of all runs."""
+    path = tmp_path_factory.mktemp("data") / "calib.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    return path
+
+
+@pytest.fixture(scope="session")
+def token_ids() -> list[list[int]]:
+    """The tokens of the calibration set."""
+    tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
+    return [tokenizer(text)["input_ids"] for text in TEXTS]
+
+
+Quantize = Callable[..., RunResult]
+
+
+@pytest.fixture(scope="session")
+def quantize(dataset: Path) -> Quantize:
+    """``quantize(model, save_path, scheme, **options)``; options are those of spec, of the saver, or of the request."""
+
+    def run(model: Path, save_path: Path, scheme: str = "static", **options: Any) -> RunResult:
+        rule = {"type": "linear_quant", "qconfig": SCHEMES[scheme]}
+        rule |= {key: options.pop(key) for key in ("include", "exclude") if key in options}
+        saver = {"type": "ascendv1_saver"}
+        saver |= {key: options.pop(key) for key in ("part_file_size",) if key in options}
+        request = {key: options.pop(key) for key in ("resume", "overwrite", "debug") if key in options}
+        spec = {"process": [rule], "save": [saver], "dataset": str(dataset), **options}
+        return LlmService().quantize(
+            QuantRequest(model_path=model, save_path=save_path, model_type="tiny", device="cpu", **request),
+            recipe_from_dict({"apiversion": "modelslim_v1", "spec": spec}),
+            SilentProgress(),
+        )
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def output(tmp_path_factory: pytest.TempPathFactory, model_folder: ModelFolder, quantize: Quantize) -> ModelFolder:
+    """``output(family, scheme, dtype)``: the folder of a run with default settings. Only to be read."""
+    made: dict[tuple[str, str, torch.dtype], Path] = {}
+
+    def folder(family: str = "llama", scheme: str = "static", dtype: torch.dtype = torch.bfloat16) -> Path:
+        key = (family, scheme, dtype)
+        if key not in made:
+            path = tmp_path_factory.mktemp("runs") / f"{family}-{scheme}"
+            quantize(model_folder(family, dtype), path, scheme)
+            made[key] = path
+        return made[key]
+
+    return folder

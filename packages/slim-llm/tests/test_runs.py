@@ -1,0 +1,424 @@
+"""Runs: the same output whatever the runner, the shards or the interruptions, at the price that was promised."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from slim_core.checkpoint.reader import Checkpoint
+from slim_core.errors import InvalidDatasetError, InvalidModelError, SecurityError, UnsupportedError
+from slim_core.processors.linear_quant import LinearQuant
+from slim_core.savers import ascendv1
+from slim_core.service import QuantRequest
+
+SAMPLES = 5
+BLOCKS = 3
+ModelFolder = Callable[..., Path]
+Quantize = Callable[..., Any]
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    """All files but those that tell of time and of the recipe."""
+    skipped = ("report.json", "report.html", "tiny_best_practice.yaml")
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name not in skipped
+    }
+
+
+@pytest.mark.parametrize("scheme", ["static", "dynamic"])
+@pytest.mark.parametrize("runner", ["layer_wise", "model_wise", "auto"])
+def test_runners_agree(
+    model_folder: ModelFolder, output: ModelFolder, quantize: Quantize, tmp_path: Path, scheme: str, runner: str
+) -> None:
+    """``auto`` is what ``output`` used, so the third case is also a second run of the same."""
+    result = quantize(model_folder("mistral"), tmp_path / "out", scheme, runner=runner)
+    assert content(tmp_path / "out") == content(output("mistral", scheme))
+    assert [unit.name for unit in result.units] == ["prologue", *(f"model.layers.{i}" for i in range(3)), "epilogue"]
+    assert [record.name for record in result.linears] == [record.name for record in dict.fromkeys(result.linears)]
+
+
+def test_recipe_written_is_the_recipe_as_run(quantize: Quantize, model_folder: ModelFolder, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        quantize(model_folder("mistral"), tmp_path / name, "dynamic")
+    recipe = (tmp_path / "a" / "tiny_best_practice.yaml").read_text()
+    assert recipe == (tmp_path / "b" / "tiny_best_practice.yaml").read_text()
+    assert "scope: per_token" in recipe
+    assert "runner: auto" in recipe
+
+
+def placed(tensors: dict[str, torch.Tensor], order: list[str], limit: int) -> dict[str, str]:
+    """Which file each tensor goes to: one is closed before the tensor that would bring it to the limit."""
+    shards: list[list[str]] = [[]]
+    pending = 0
+    for name in order:
+        size = tensors[name].numel() * tensors[name].element_size()
+        if shards[-1] and pending + size >= limit:
+            shards.append([])
+            pending = 0
+        shards[-1].append(name)
+        pending += size
+    return {
+        name: f"quant_model_weights-{i:05d}-of-{len(shards):05d}.safetensors"
+        for i, shard in enumerate(shards, 1)
+        for name in shard
+    }
+
+
+@pytest.mark.parametrize(("size", "gib", "files"), [(1, 4096, 10), (1, 1, 70), (2, 65536, 3)])
+@pytest.mark.parametrize("scheme", ["static", "dynamic"])
+def test_size_of_files(
+    naive: ModuleType,
+    model_folder: ModelFolder,
+    output: ModelFolder,
+    quantize: Quantize,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    scheme: str,
+    size: int,
+    gib: int,
+    files: int,
+) -> None:
+    monkeypatch.setattr(ascendv1, "_GIB", gib)
+    quantize(model_folder("qwen2"), tmp_path / "out", scheme, part_file_size=size)
+    found, usual = naive.read(tmp_path / "out"), naive.read(output("qwen2", scheme))
+    assert found.description == usual.description
+    for name, tensor in usual.tensors.items():
+        assert naive.bits(found.tensors[name]) == naive.bits(tensor)
+    order = [name for name in found.description if name not in naive.GLOBALS]
+    assert found.place == placed(usual.tensors, order, size * gib)
+    assert len(set(found.place.values())) >= files
+    index = json.loads((tmp_path / "out" / "quant_model_weights.safetensors.index.json").read_text())
+    assert index["weight_map"] == found.place
+
+
+@pytest.mark.parametrize("scheme", ["static", "dynamic"])
+def test_one_file(
+    naive: ModuleType, model_folder: ModelFolder, output: ModelFolder, quantize: Quantize, tmp_path: Path, scheme: str
+) -> None:
+    quantize(model_folder("qwen2"), tmp_path / "out", scheme, part_file_size=0)
+    found, usual = naive.read(tmp_path / "out"), naive.read(output("qwen2", scheme))
+    assert set(found.place.values()) == {"quant_model_weights.safetensors"}
+    assert not list((tmp_path / "out").glob("*index.json"))
+    assert found.description == usual.description
+    for name, tensor in usual.tensors.items():
+        assert naive.bits(found.tensors[name]) == naive.bits(tensor)
+
+
+def test_every_block_runs_once_for_every_sample(
+    model_folder: ModelFolder, quantize: Quantize, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMLP
+
+    calls: list[str] = []
+    for module in (LlamaDecoderLayer, LlamaMLP):
+        original = module.forward
+        monkeypatch.setattr(
+            module,
+            "forward",
+            lambda self, *a, original=original, name=module.__name__, **k: (
+                calls.append(name),
+                original(self, *a, **k),
+            )[1],
+        )
+    result = quantize(model_folder("llama"), tmp_path / "out", "static")
+    assert result.block_forwards == BLOCKS * SAMPLES
+    assert calls.count("LlamaDecoderLayer") == calls.count("LlamaMLP") == BLOCKS * SAMPLES
+    assert result.samples == SAMPLES
+
+
+@pytest.mark.parametrize("scheme", ["dynamic", "w8a16"])
+def test_recipes_without_data_read_none_and_run_nothing(
+    model_folder: ModelFolder, quantize: Quantize, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scheme: str
+) -> None:
+    from transformers.models.llama.modeling_llama import LlamaForCausalLM
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("must not be called")
+
+    monkeypatch.setattr(LlamaForCausalLM, "forward", refuse)
+    monkeypatch.setattr("slim_llm.quantize.open_tokenizer", refuse)
+    result = quantize(model_folder("llama"), tmp_path / "out", scheme, dataset=str(tmp_path / "nothing.jsonl"))
+    assert result.block_forwards == result.samples == 0
+    with pytest.raises(InvalidDatasetError, match=r"spec\.dataset: there is no calibration set"):
+        quantize(model_folder("llama"), tmp_path / "other", "static", dataset=str(tmp_path / "nothing.jsonl"))
+    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize("scheme", ["dynamic", "w8a16-asymmetric"])
+def test_without_data_every_weight_is_read_once(
+    naive: ModuleType,
+    model_folder: ModelFolder,
+    quantize: Quantize,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    scheme: str,
+) -> None:
+    rows: dict[str, list[int]] = {}
+    loads: list[str] = []
+    read_rows, load = Checkpoint.rows, Checkpoint.load
+
+    def counted_rows(self: Checkpoint, name: str, start: int, stop: int) -> torch.Tensor:
+        if self.folder == folder:
+            rows.setdefault(name, []).extend(range(start, stop))
+        return read_rows(self, name, start, stop)
+
+    def counted_load(self: Checkpoint, name: str) -> torch.Tensor:
+        if self.folder == folder:
+            loads.append(name)
+        return load(self, name)
+
+    folder = model_folder("qwen2")
+    monkeypatch.setattr(Checkpoint, "rows", counted_rows)
+    monkeypatch.setattr(Checkpoint, "load", counted_load)
+    quantize(folder, tmp_path / "out", scheme)
+    written = naive.read(tmp_path / "out")
+    assert set(rows) == {f"{module}.weight" for module in written.quantized()}
+    for name, read in rows.items():
+        assert sorted(read) == list(range(len(written.tensors[name])))
+    assert sorted(loads) == sorted(f"{m}.bias" for m in written.quantized() if f"{m}.bias" in written.tensors)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_propagating_quantized_outputs(
+    naive: ModuleType,
+    model_folder: ModelFolder,
+    output: ModelFolder,
+    quantize: Quantize,
+    token_ids: list[list[int]],
+    tmp_path: Path,
+    family: str,
+) -> None:
+    """Ranges of a block are those of a model whose earlier blocks are deployed."""
+    model = model_folder(family)
+    result = quantize(model, tmp_path / "out", "static", propagate="quantized")
+    assert result.block_forwards == 2 * BLOCKS * SAMPLES
+    written, plain = naive.read(tmp_path / "out"), naive.read(output(family, "static"))
+    prefix = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16)
+    differ = 0
+    for block in range(BLOCKS):
+        modules = [name for name in written.quantized() if name.startswith(f"model.layers.{block}.")]
+        ranges = naive.ranges(prefix, modules, token_ids)
+        for module in modules:
+            want = naive.input_parameters(*ranges[module], False, torch.bfloat16)
+            found = [float(written.tensors[f"{module}.{part}"]) for part in ("input_scale", "input_offset")]
+            assert found == list(want)
+            floats = [float(plain.tensors[f"{module}.{part}"]) for part in ("input_scale", "input_offset")]
+            differ += found != floats
+            assert block > 0 or found == floats
+        naive.deploy(prefix, written, f"model.layers.{block}.")
+    assert differ > 0  # else this test would not tell the two ways apart
+
+
+def fail_at(monkeypatch: pytest.MonkeyPatch, unit: str) -> None:
+    process = LinearQuant.process
+
+    def failing(self: LinearQuant, work: Any) -> None:
+        process(self, work)
+        if work.name == unit:
+            raise RuntimeError("killed")
+
+    monkeypatch.setattr(LinearQuant, "process", failing)
+
+
+@pytest.mark.parametrize("unit", ["model.layers.1", "model.layers.2", "epilogue"])
+@pytest.mark.parametrize(
+    ("scheme", "options"), [("static", {}), ("static", {"propagate": "quantized"}), ("dynamic", {})]
+)
+def test_a_run_that_was_killed_is_resumed(
+    model_folder: ModelFolder,
+    quantize: Quantize,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    unit: str,
+    scheme: str,
+    options: dict[str, Any],
+) -> None:
+    model = model_folder("qwen2")
+    whole = quantize(model, tmp_path / "whole", scheme, **options)
+    with monkeypatch.context() as patch:
+        fail_at(patch, unit)
+        with pytest.raises(RuntimeError, match="killed"):
+            quantize(model, tmp_path / "out", scheme, **options)
+    assert not (tmp_path / "out").exists()
+    result = quantize(model, tmp_path / "out", scheme, resume=True, **options)
+    assert result.resumed_units >= 1
+    assert [record.name for record in result.units] == [record.name for record in whole.units]
+    assert [replace(record, seconds=0.0) for record in result.linears] == [
+        replace(record, seconds=0.0) for record in whole.linears
+    ]
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
+
+
+def test_a_run_killed_in_its_first_unit_leaves_nothing(
+    model_folder: ModelFolder, quantize: Quantize, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fail_at(monkeypatch, "prologue")
+    with pytest.raises(RuntimeError, match="killed"):
+        quantize(model_folder("llama"), tmp_path / "out", "dynamic")
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(UnsupportedError, match="there is no interrupted run to resume"):
+        quantize(model_folder("llama"), tmp_path / "out", "dynamic", resume=True)
+
+
+def test_resuming_with_another_recipe_is_refused(
+    model_folder: ModelFolder, quantize: Quantize, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        fail_at(patch, "model.layers.2")
+        with pytest.raises(RuntimeError, match="killed"):
+            quantize(model_folder("llama"), tmp_path / "out", "dynamic")
+    with pytest.raises(UnsupportedError, match="another recipe, model, data set or version"):
+        quantize(model_folder("llama"), tmp_path / "out", "w8a16", resume=True)
+    quantize(model_folder("llama"), tmp_path / "out", "dynamic", resume=True)
+
+
+def test_an_existing_output_survives_a_failure(
+    model_folder: ModelFolder, quantize: Quantize, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quantize(model_folder("llama"), tmp_path / "out", "dynamic")
+    before = content(tmp_path / "out")
+    with pytest.raises(SecurityError, match="not empty"):
+        quantize(model_folder("llama"), tmp_path / "out", "static")
+    with monkeypatch.context() as patch:
+        fail_at(patch, "model.layers.2")
+        with pytest.raises(RuntimeError, match="killed"):
+            quantize(model_folder("llama"), tmp_path / "out", "static", overwrite=True)
+    assert content(tmp_path / "out") == before
+    quantize(model_folder("llama"), tmp_path / "out", "static", overwrite=True)
+    assert content(tmp_path / "out") != before
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("aggregation", ["max", "mean"])
+def test_batches_of_equal_length_find_the_same_ranges(
+    naive: ModuleType, model_folder: ModelFolder, tmp_path: Path, quantize: Quantize, aggregation: str
+) -> None:
+    words = ["one", "two", "three", "four", "five", "red", "blue", "green", "a b c", "x y z", "this is it"]
+    data = tmp_path / "words.json"
+    data.write_text(json.dumps(words))
+    model, found = model_folder("mistral", torch.float32), []
+    forwards = []
+    process = [
+        {
+            "type": "linear_quant",
+            "qconfig": {
+                "act": {
+                    "dtype": "int8",
+                    "scope": "per_tensor",
+                    "symmetric": False,
+                    "method": "minmax",
+                    "ext": {"aggregation_type": aggregation},
+                },
+                "weight": {"dtype": "int8", "scope": "per_channel", "symmetric": True, "method": "minmax"},
+            },
+        }
+    ]
+    for size in (1, 2, 64):
+        out = tmp_path / f"out{size}"
+        dataset = {"path": str(data), "batch_size": size}
+        forwards.append(quantize(model, out, process=process, dataset=dataset).block_forwards)
+        found.append(naive.read(out))
+    assert forwards[0] == BLOCKS * len(words)
+    assert forwards[0] > forwards[1] > forwards[2]
+    for other in found[1:]:
+        for module in found[0].quantized():
+            one, two = (float(w.tensors[f"{module}.input_scale"]) for w in (found[0], other))
+            assert one == pytest.approx(two, rel=1e-5)
+
+
+def test_fewer_samples_and_shorter_ones(
+    naive: ModuleType,
+    model_folder: ModelFolder,
+    quantize: Quantize,
+    dataset: Path,
+    token_ids: list[list[int]],
+    tmp_path: Path,
+) -> None:
+    model = model_folder("llama")
+    options = {"path": str(dataset), "num_samples": 2, "max_length": 7}
+    result = quantize(model, tmp_path / "out", "static", dataset=options)
+    assert result.block_forwards == 2 * BLOCKS
+    written = naive.read(tmp_path / "out")
+    plain = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16)
+    ranges = naive.ranges(plain, written.quantized(), [ids[:7] for ids in token_ids[:2]])
+    for module in written.quantized():
+        scale, offset = naive.input_parameters(*ranges[module], False, torch.bfloat16)
+        assert float(written.tensors[f"{module}.input_scale"]) == scale
+        assert float(written.tensors[f"{module}.input_offset"]) == offset
+
+
+def test_rules_are_applied_in_order_and_a_group_is_its_members(
+    naive: ModuleType, model_folder: ModelFolder, quantize: Quantize, tmp_path: Path
+) -> None:
+    weight = {"dtype": "int8", "scope": "per_channel", "symmetric": True, "method": "minmax"}
+    static = {"type": "linear_quant", "qconfig": {"act": {}, "weight": weight}, "include": ["*.q_proj", "*.o_proj"]}
+    dynamic = {
+        "type": "linear_quant",
+        "qconfig": {"act": {"scope": "per_token"}, "weight": weight},
+        "exclude": ["*.down_proj"],
+    }
+    model = model_folder("llama")
+    first = quantize(model, tmp_path / "list", process=[static, dynamic])
+    second = quantize(model, tmp_path / "group", process=[{"type": "group", "configs": [static, dynamic]}])
+    assert content(tmp_path / "list") == content(tmp_path / "group")
+    assert first.block_forwards == second.block_forwards == BLOCKS * SAMPLES
+    written = naive.read(tmp_path / "list")
+    kinds = {module.rpartition(".")[2]: written.kind(module) for module in written.quantized()}
+    assert kinds == dict.fromkeys(["q_proj", "o_proj"], "W8A8") | dict.fromkeys(
+        ["k_proj", "v_proj", "gate_proj", "up_proj"], "W8A8_DYNAMIC"
+    )
+    assert written.description["model.layers.0.mlp.down_proj.weight"] == "FLOAT"
+    assert written.description["model_quant_type"] == "W8A8"
+    assert any("first wins" in warning for warning in first.warnings)
+    assert any("engines fuse these linears" in warning for warning in first.warnings)
+
+
+@pytest.mark.parametrize("scheme", ["static", "dynamic"])
+def test_nan_in_a_weight_names_the_tensor(
+    naive: ModuleType, model_folder: ModelFolder, quantize: Quantize, tmp_path: Path, scheme: str
+) -> None:
+    import shutil
+
+    from safetensors.torch import save_file
+
+    tensors, _ = naive.read_tensors(model_folder("llama"))
+    tensors["model.layers.1.mlp.up_proj.weight"][5, 3] = float("nan")
+    shutil.copytree(model_folder("llama"), tmp_path / "model")
+    save_file(tensors, tmp_path / "model" / "model.safetensors")
+    with pytest.raises(InvalidModelError, match=r"model\.layers\.1\.mlp\.(up|down)_proj.* NaN or infinity"):
+        quantize(tmp_path / "model", tmp_path / "out", scheme)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_plan_reads_no_weights(
+    model_folder: ModelFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dataset: Path
+) -> None:
+    from slim_core.recipe import recipe_from_dict
+    from slim_llm.service import LlmService
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("must not be called")
+
+    for name in ("rows", "load"):
+        monkeypatch.setattr(Checkpoint, name, refuse)
+    request = QuantRequest(model_path=model_folder("llama"), save_path=tmp_path / "o", model_type="tiny", device="cpu")
+    spec = {
+        "process": [{"type": "linear_quant", "qconfig": {"act": {}, "weight": {}}}],
+        "save": [{"type": "ascendv1_saver"}],
+        "dataset": str(dataset),
+    }
+    plan = LlmService().plan(request, recipe_from_dict({"apiversion": "modelslim_v1", "spec": spec}))
+    assert plan.counts() == {"FLOAT": 1, "W8A8": 21}
+    assert plan.forwards == 1
+    assert not (tmp_path / "o").exists()
