@@ -7,6 +7,7 @@ from slim_core.quantization.kinds import LayerKind
 from slim_core.runners.choice import RunnerChoice
 from slim_core.runners.plan import Plan, PlannedLinear, PlannedUnit
 from slim_core.runners.plan_text import render_plan, render_summary
+from slim_core.savers.base import Output, Saver
 
 
 def _linear(name: str, kind: LayerKind = LayerKind.W8A8, reason: str = "spec.process[0]") -> PlannedLinear:
@@ -18,10 +19,10 @@ def _plan(units: list[PlannedUnit], warnings: list[str] | None = None) -> Plan:
         runner=RunnerChoice("layer_wise", "because"),
         devices=Devices("cpu"),
         processors=[],
-        savers=[],
+        saver=Saver(None),
         units=units,
         assignments={},
-        output=None,
+        output=Output((), ()),
         warnings=warnings or [],
         forwards=0,
         activation_bytes=0,
@@ -69,5 +70,4 @@ def test_two_numbers_in_a_name_are_not_mixed_up() -> None:
 def test_summary_lists_warnings() -> None:
     text = render_summary(_plan([_block(0)], ["first", "second"]))
     assert text.endswith("warnings   2\n    - first\n    - second")
-    assert "output     nothing is written" in text
     assert "about 3.0 MiB beyond the process itself" in text

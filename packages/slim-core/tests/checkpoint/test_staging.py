@@ -265,6 +265,20 @@ def test_a_folder_that_is_renamed_away_between_opening_and_locking(
     assert content(target) == NEW
 
 
+def test_a_file_system_without_lasting_identities(target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os.path, "samestat", lambda _left, _right: False)
+    before = len(os.listdir("/proc/self/fd"))
+    begin(target).commit()
+    assert content(target) == NEW
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_folder_that_disappears_again_and_again(target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "open", refuse(errno.ENOENT))
+    with pytest.raises(EnvError, match="disappears again and again"):
+        Staging(target, "f")
+
+
 def test_a_file_system_without_locks(
     target: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -703,7 +717,9 @@ def test_killed_runs_end_with_the_same_bytes(tmp_path: Path, runs: Runs) -> None
         run = runs.start(killed, resume=noted > 0)
         pause = chance.uniform(0, 0.003)
         enough = noted + chance.choice([0, 1, 2, 4])
+        deadline = time.monotonic() + 20
         while lines(journal) < enough and not killed.exists():
+            assert time.monotonic() < deadline
             time.sleep(0.0002)
         time.sleep(pause)
         with contextlib.suppress(ProcessLookupError):

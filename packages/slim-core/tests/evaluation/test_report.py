@@ -23,7 +23,7 @@ from slim_core.quantization.kinds import LayerKind
 from slim_core.runners.choice import RunnerChoice
 from slim_core.runners.plan import Plan, PlannedLinear, PlannedUnit
 from slim_core.runners.run import LinearRecord, RunResult, UnitRecord
-from slim_core.savers.base import Output, PlannedTensor
+from slim_core.savers.base import Output, PlannedTensor, Saver
 
 LEAVES = {
     "self_attn.q_proj": LayerKind.W8A8,
@@ -67,7 +67,7 @@ def make_run(blocks: int = 4, leaves: dict[str, LayerKind] = LEAVES, warnings: t
         units.append(PlannedUnit(f"model.layers.{i}", tuple(linears), 4000, 2100))
         result.units.append(UnitRecord(f"model.layers.{i}", 1.0 + i, 120 << 20, 4000, 2100))
     head = PlannedLinear("lm_head", LayerKind.FLOAT, "outside the decoder blocks", 64, 32)
-    units.append(PlannedUnit("epilogue", (head,), 1000, 1000))
+    units.append(PlannedUnit("epilogue", (head,), 0, 1000))
     result.units.append(UnitRecord("epilogue", 0.1, 120 << 20, 1000, 1000))
     meta = {name: TensorMeta(name, torch.bfloat16, (500,)) for name in ("embed.weight", "lm_head.weight")}
     output = Output(
@@ -84,7 +84,7 @@ def make_run(blocks: int = 4, leaves: dict[str, LayerKind] = LEAVES, warnings: t
         runner=RunnerChoice("layer_wise", "because of <this> & that"),
         devices=Devices("cpu"),
         processors=[create_processor(config, "process[0]")],
-        savers=[],
+        saver=Saver(None),
         units=units,
         assignments={r.name: Assignment(LayerKind(r.kind), POSITION, reason) for r in result.linears},
         output=output,

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from slim_core.checkpoint.staging import check_target
 from slim_core.devices import Devices, resolve_devices
 from slim_core.errors import InvalidDatasetError
@@ -22,7 +23,6 @@ from slim_core.runners.run import RunResult, run_plan
 from slim_core.savers.ascendv1_folder import AscendV1Folder
 from slim_core.savers.side_files import write_text
 from slim_core.service import EvalRequest, QuantRequest
-
 from slim_llm.calibration import find_dataset, read_samples, tokenize
 from slim_llm.models.loading import open_model, open_skeleton, open_tokenizer, read_config
 

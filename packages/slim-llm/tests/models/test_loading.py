@@ -120,11 +120,11 @@ def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
         read_config(tmp_path / "nothing")
 
 
-def test_a_model_without_a_dtype_is_read_in_float32(model_folder: ModelFolder, tmp_path: Path) -> None:
+def test_a_model_without_a_dtype_is_read_as_it_is_stored(model_folder: ModelFolder, tmp_path: Path) -> None:
     model = open_model(changed(model_folder(), tmp_path / "model", dtype=None))
     assert model.dtype is None
     model.load(model.outside, CPU)
-    assert model.module.get_parameter("model.norm.weight").dtype == torch.float32
+    assert model.module.get_parameter("model.norm.weight").dtype == model.source.meta("model.norm.weight").dtype
 
 
 def test_tokenizer(model_folder: ModelFolder, tmp_path: Path) -> None:

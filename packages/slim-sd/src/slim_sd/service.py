@@ -31,9 +31,7 @@ class DiffusionService:
     def plan(self, request: QuantRequest, recipe: object) -> NoReturn:
         self._refuse()
 
-    def quantize(
-        self, request: QuantRequest, recipe: object, progress: Progress, on_plan: object = None
-    ) -> NoReturn:
+    def quantize(self, request: QuantRequest, recipe: object, progress: Progress, on_plan: object = None) -> NoReturn:
         self._refuse()
 
     def evaluate(self, request: EvalRequest, progress: Progress) -> NoReturn:

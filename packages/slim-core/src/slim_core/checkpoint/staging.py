@@ -20,6 +20,7 @@ from slim_core.logging import get_logger
 __all__ = ["Staging", "check_target"]
 
 JOURNAL = "journal.jsonl"
+_ATTEMPTS = 10
 _logger = get_logger(__name__)
 
 
@@ -124,17 +125,20 @@ class Staging:
 
     def _take_folder(self) -> None:
         """Create the folder if need be and lock it. It may be renamed away by a run that ends just now: then again."""
-        while self._lock is None:
+        for left in reversed(range(_ATTEMPTS)):
             self.folder.mkdir(mode=0o750, exist_ok=True)
             with suppress(FileNotFoundError):
                 lock = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
                 try:
                     self._flock(lock)
-                    if os.path.samestat(os.fstat(lock), os.lstat(self.folder)):
+                    # Some network file systems never give the same identity twice.
+                    if os.path.samestat(os.fstat(lock), os.lstat(self.folder)) or not left:
                         self._lock = lock
+                        return
                 finally:
                     if self._lock is None:
                         os.close(lock)
+        raise EnvError("the folder disappears again and again", where=str(self.folder))
 
     def _flock(self, lock: int) -> None:
         try:

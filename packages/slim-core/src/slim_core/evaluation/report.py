@@ -10,7 +10,6 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from slim_core.sizes import human_size
 from slim_core.evaluation.report_data import LinearRow, ReportData, collect
 from slim_core.evaluation.report_plots import MAX_LINES, draw_plots
 from slim_core.processors.base import Processor
@@ -18,6 +17,7 @@ from slim_core.processors.group import Group
 from slim_core.runners.plan import Plan
 from slim_core.runners.run import RunResult
 from slim_core.savers.side_files import write_text
+from slim_core.sizes import human_size
 
 __all__ = ["write_report"]
 

@@ -153,7 +153,6 @@ def collect(folder: Path, plan: Plan, result: RunResult, *, title: str) -> Repor
 
 def _units(plan: Plan, result: RunResult) -> list[UnitRow]:
     measured = {record.name: record for record in result.units}
-    borrowed = _borrowed(plan)
     rows: list[UnitRow] = []
     for unit in plan.units:
         record = measured.get(unit.name)
@@ -162,24 +161,13 @@ def _units(plan: Plan, result: RunResult) -> list[UnitRow]:
             UnitRow(
                 unit.name,
                 kind,
-                unit.bytes_in - borrowed.get(unit.name, 0),
+                unit.bytes_in,
                 unit.bytes_out,
                 record.seconds if record else None,
                 record.resident_bytes if record else None,
             )
         )
     return rows
-
-
-def _borrowed(plan: Plan) -> dict[str, int]:
-    """For each unit the bytes it writes under a second name from a tensor that another unit owns (a tied head)."""
-    tensors = plan.output.tensors if plan.output else ()
-    owners = {tensor.meta.name: tensor.unit for tensor in tensors}
-    borrowed: dict[str, int] = {}
-    for tensor in tensors:
-        if tensor.origin not in (None, tensor.meta.name) and owners.get(tensor.origin, tensor.unit) != tensor.unit:
-            borrowed[tensor.unit] = borrowed.get(tensor.unit, 0) + tensor.meta.nbytes
-    return borrowed
 
 
 def _linears(plan: Plan, result: RunResult) -> list[LinearRow]:

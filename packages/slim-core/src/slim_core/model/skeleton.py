@@ -6,18 +6,19 @@ Parameters are created on the ``meta`` device; buffers are real, because what a 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
+from typing import cast
 
 from torch import nn
 
 from slim_core.errors import InvalidModelError
 
-__all__ = ["find_blocks", "parameters_on_meta"]
+__all__ = ["find_blocks", "named_modules", "parameters_on_meta"]
 
 
 @contextmanager
-def parameters_on_meta() -> Iterator[None]:
+def parameters_on_meta() -> Generator[None]:
     """Within this context every parameter that a module registers goes to ``meta`` at once."""
     original = nn.Module.register_parameter
 
@@ -33,6 +34,11 @@ def parameters_on_meta() -> Iterator[None]:
         nn.Module.register_parameter = original
 
 
+def named_modules(root: nn.Module, *, remove_duplicate: bool = True) -> Iterator[tuple[str, nn.Module]]:
+    """Every module below ``root`` and itself, by dotted name; one that has two names only once unless asked."""
+    return cast("Iterator[tuple[str, nn.Module]]", root.named_modules(remove_duplicate=remove_duplicate))
+
+
 def find_blocks(model: nn.Module) -> str:
     """Dotted name of the list of decoder blocks: the ``ModuleList`` that holds the most parameters.
 
@@ -42,7 +48,7 @@ def find_blocks(model: nn.Module) -> str:
         InvalidModelError: the model has no such list.
     """
     candidates: dict[str, int] = {}
-    for name, module in model.named_modules():
+    for name, module in named_modules(model):
         inside = any(name.startswith(f"{other}.") for other in candidates)
         if isinstance(module, nn.ModuleList) and len(module) and not inside:
             candidates[name] = sum(parameter.numel() for parameter in module.parameters())

@@ -79,9 +79,12 @@ class SuspendedForward:
     def start(self) -> None:
         """Run every sample up to its first block."""
         for sample, inputs in enumerate(self._inputs):
-            run = greenlet.greenlet(lambda given: self._model(**given), self._hub)
+            run = greenlet.greenlet(self._forward, self._hub)
             self._runs.append(run)
             self._take(sample, run.switch(inputs), expected=0)
+
+    def _forward(self, inputs: Mapping[str, Any]) -> Any:
+        return self._model(**inputs)
 
     def _take(self, sample: int, received: Any, expected: int) -> None:
         if isinstance(received, BlockCall):

@@ -17,7 +17,7 @@ from torch import nn
 
 from slim_core.checkpoint.source import TensorSource
 from slim_core.errors import InvalidModelError, UnsupportedError
-from slim_core.model.skeleton import find_blocks
+from slim_core.model.skeleton import find_blocks, named_modules
 
 __all__ = ["LinearInfo", "StreamedModel", "Unit"]
 
@@ -185,7 +185,7 @@ class StreamedModel:
 
     def _linears(self, prefix: str) -> dict[str, list[LinearInfo]]:
         found: dict[str, list[LinearInfo]] = {}
-        for name, module in self.module.named_modules():
+        for name, module in named_modules(self.module):
             weight = f"{name}.weight"
             if not isinstance(module, nn.Linear) or weight not in self._names:
                 continue
@@ -197,7 +197,7 @@ class StreamedModel:
                     prefix=self.tensor_name(weight).removesuffix(".weight"),
                     in_features=module.in_features,
                     out_features=module.out_features,
-                    has_bias=module.bias is not None,
+                    has_bias=module._parameters.get("bias") is not None,  # pyright: ignore
                     in_block=in_block,
                 )
             )
@@ -230,20 +230,18 @@ class StreamedModel:
 
 def _named_tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """Parameters and persistent buffers, in the order of the modules, tied ones under each of their names."""
-    for prefix, child in module.named_modules(remove_duplicate=False):
+    for prefix, child in named_modules(module, remove_duplicate=False):
         dot = f"{prefix}." if prefix else ""
-        for name, parameter in child._parameters.items():
-            if parameter is not None:
-                yield dot + name, parameter
-        for name, buffer in child._buffers.items():
-            if buffer is not None and name not in child._non_persistent_buffers_set:
+        passing: set[str] = getattr(child, "_non_persistent_buffers_set", set[str]())
+        for name, parameter in child.named_parameters(recurse=False, remove_duplicate=False):
+            yield dot + name, parameter
+        for name, buffer in child.named_buffers(recurse=False, remove_duplicate=False):
+            if name not in passing:
                 yield dot + name, buffer
 
 
 def _assign(root: nn.Module, name: str, value: torch.Tensor, like: torch.Tensor) -> None:
     path, _, leaf = name.rpartition(".")
-    owner = root.get_submodule(path)
-    if isinstance(like, nn.Parameter):
-        owner._parameters[leaf] = value if isinstance(value, nn.Parameter) else nn.Parameter(value, requires_grad=False)
-    else:
-        owner._buffers[leaf] = value
+    if isinstance(like, nn.Parameter) and not isinstance(value, nn.Parameter):
+        value = nn.Parameter(value, requires_grad=False)
+    setattr(root.get_submodule(path), leaf, value)

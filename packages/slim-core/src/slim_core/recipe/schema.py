@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 from pydantic import (
     BeforeValidator,
@@ -14,7 +14,7 @@ from pydantic import (
 )
 from typing_extensions import TypedDict
 
-from slim_core.recipe.base import Flag, Integer, StrictModel
+from slim_core.recipe.base import Flag, Integer, SaverConfig, StrictModel
 from slim_core.recipe.plugins import PROCESSOR_GROUP, SAVER_GROUP, AnyProcessor, AnySaver, PluginConfig, plugin_names
 
 __all__ = ["Dataset", "DatasetConfig", "Label", "Metadata", "PriorStage", "SpecV1", "spec_model"]
@@ -87,7 +87,7 @@ class SpecV1(StrictModel):
     )
     process: tuple[AnyProcessor, ...] = Field(default=(), description="Processors, in order")
     save: tuple[AnySaver, ...] = Field(
-        default_factory=lambda: (PluginConfig(SAVER_GROUP).parse({"type": "ascendv1_saver"}),),
+        default_factory=lambda: (cast("SaverConfig", PluginConfig(SAVER_GROUP).parse({"type": "ascendv1_saver"})),),
         description="The saver that writes the result. Default: ascendv1_saver",
     )
     dataset: Dataset = Field(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from types import TracebackType
@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from slim_core.model.suspended import BlockCall, SuspendedForward
 from slim_core.model.units import StreamedModel
@@ -20,15 +21,7 @@ __all__ = ["BlockForwards", "layer_to", "moved", "simulated"]
 
 def moved(value: Any, device: torch.device) -> Any:
     """A nested structure with all its tensors on a device."""
-    if isinstance(value, Tensor):
-        return value.to(device)
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(moved(item, device) for item in value))
-    if isinstance(value, (list, tuple)):
-        return type(value)(moved(item, device) for item in value)
-    if isinstance(value, dict):
-        return {key: moved(item, device) for key, item in value.items()}
-    return value
+    return tree_map_only(Tensor, lambda tensor: tensor.to(device), value)
 
 
 class BlockForwards:
@@ -98,12 +91,12 @@ def layer_to(layer: QuantizedLinear, device: torch.device) -> QuantizedLinear:
     """A quantized linear with its tensors on a device."""
     if device.type == "cpu":
         return layer
-    parts = {f.name: getattr(layer, f.name) for f in fields(layer)}  # pyright: ignore[reportArgumentType]
-    return replace(layer, **moved(parts, device))  # pyright: ignore[reportType]
+    data: Any = layer
+    return replace(data, **moved({f.name: getattr(data, f.name) for f in fields(data)}, device))
 
 
 @contextmanager
-def simulated(root: nn.Module, layers: Mapping[str, QuantizedLinear], device: torch.device) -> Iterator[None]:
+def simulated(root: nn.Module, layers: Mapping[str, QuantizedLinear], device: torch.device) -> Generator[None]:
     """Within this context the named linears compute what their quantized forms compute on the target."""
     originals: dict[str, nn.Module] = {}
     for name, layer in layers.items():

@@ -281,7 +281,8 @@ def check_shards(folder: Path, output: Output) -> None:
         VerificationError: a file does not hold exactly what was planned.
     """
     for shard in output.shards:
-        with safe_open(folder / shard.file_name, "pt") as file:
+        reader: Any = safe_open(folder / shard.file_name, "pt")
+        with reader as file:
             found = set(file.keys())
             if found != {meta.name for meta in shard.tensors}:
                 raise VerificationError("the file does not hold the tensors that were planned", where=shard.file_name)

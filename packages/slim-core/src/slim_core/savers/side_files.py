@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 __all__ = ["copy_side_files", "write_json", "write_text"]
 
@@ -53,9 +53,7 @@ def copy_side_files(source: Path, target: Path) -> None:
 
 def _without_quantization(path: Path) -> dict[str, Any] | None:
     """The configuration without ``quantization_config``, or None if it has none and can be copied as it is."""
-    config = json.loads(path.read_text("utf-8"))
-    found = config.pop("quantization_config", None) is not None
-    text = config.get("text_config")
-    if isinstance(text, dict):
-        found = text.pop("quantization_config", None) is not None or found
-    return config if found else None
+    config: dict[str, Any] = json.loads(path.read_text("utf-8"))
+    parts = [config, cast("dict[str, Any]", config.get("text_config") or {})]
+    found = [part.pop("quantization_config", None) for part in parts]
+    return config if any(part is not None for part in found) else None

@@ -68,7 +68,7 @@ def open_skeleton(
     try:
         parsed = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
         if hasattr(parsed, "quantization_config"):
-            del parsed.quantization_config  # weights are decoded while they are read
+            delattr(parsed, "quantization_config")  # weights are decoded while they are read
         dtype = parsed.dtype or default_dtype
         with parameters_on_meta():
             return AutoModelForCausalLM.from_config(parsed, trust_remote_code=trust_remote_code, dtype=dtype)
