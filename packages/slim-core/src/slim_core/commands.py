@@ -56,7 +56,7 @@ def _show_summary(plan: Plan) -> None:
 
 def _target_problem(request: QuantRequest) -> SecurityError | None:
     try:
-        check_target(request.save_path, request.model_path, request.overwrite or request.resume)
+        check_target(request.save_path, request.model_path, request.overwrite)
     except SecurityError as error:
         return error
     return None

@@ -118,6 +118,7 @@ def test_misaligned_tensors_of_other_writers(tmp_path: Path, padding: int) -> No
     for name, tensor in values.items():
         assert torch.equal(checkpoint.load(name), tensor)
         assert torch.equal(checkpoint.rows(name, 1, 3), tensor[1:3])
+        assert checkpoint.load(name).data_ptr() % tensor.element_size() == 0
     checkpoint.release(values)
     assert all(torch.equal(checkpoint.load(name), tensor) for name, tensor in values.items())
 

@@ -11,7 +11,7 @@ import torch
 
 from slim_core.checkpoint.staging import check_target
 from slim_core.devices import Devices, resolve_devices
-from slim_core.errors import InvalidDatasetError
+from slim_core.errors import InvalidDatasetError, InvalidModelError
 from slim_core.evaluation.perplexity import EvalResult, evaluate
 from slim_core.evaluation.report import write_report
 from slim_core.fingerprint import fingerprint
@@ -49,7 +49,9 @@ class _Job:
     def calibration(self) -> list[dict[str, Any]]:
         samples = read_samples(find_dataset(self.spec.dataset.path))
         tokenizer = open_tokenizer(self.request.model_path, trust_remote_code=self.request.trust_remote_code)
-        return tokenize(samples, tokenizer, self.spec.dataset, max_positions(self.model))
+        inputs = tokenize(samples, tokenizer, self.spec.dataset, max_positions(self.model))
+        check_token_ids(self.model, inputs)
+        return inputs
 
     @cached_property
     def plan(self) -> Plan:
@@ -73,7 +75,7 @@ def quantize(
     Raises:
         SlimError: whatever stands in the way; nothing at ``save_path`` has changed then.
     """
-    check_target(request.save_path, request.model_path, request.overwrite or request.resume)
+    check_target(request.save_path, request.model_path, request.overwrite)
     job = _Job(request, recipe)
     if on_plan is not None:
         on_plan(job.plan)
@@ -104,6 +106,7 @@ def score(request: EvalRequest, progress: Progress) -> EvalResult:
     model = open_model(request.model_path, trust_remote_code=trust)
     tokenizer = open_tokenizer(request.model_path, trust_remote_code=trust)
     inputs = windows(request, tokenizer, max_positions(model))
+    check_token_ids(model, inputs)
     quantized = None
     if request.quantized is not None:
         folder = AscendV1Folder(request.quantized)
@@ -124,6 +127,22 @@ def max_positions(model: StreamedModel) -> int | None:
     text = model.config.get("text_config") or model.config
     value = text.get("max_position_embeddings") or text.get("n_positions")
     return value if isinstance(value, int) else None
+
+
+def check_token_ids(model: StreamedModel, inputs: list[dict[str, Any]]) -> None:
+    """Refuse ids that the model has no embedding for.
+
+    Raises:
+        InvalidModelError: the tokenizer belongs to another model.
+    """
+    rows = model.module.get_input_embeddings().weight.shape[0]  # pyright: ignore[reportCallIssue]
+    largest = max(int(given["input_ids"].max()) for given in inputs)
+    if largest >= rows:
+        raise InvalidModelError(
+            f"the tokenizer gives id {largest}, but the model has {rows} embeddings",
+            where=str(model.folder),
+            remedy="copy the tokenizer that belongs to the model",
+        )
 
 
 def token_bytes(model: StreamedModel) -> int:

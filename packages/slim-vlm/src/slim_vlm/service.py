@@ -1,4 +1,4 @@
-"""The service behind ``multimodal_vlm_modelslim_v1``. Vision-language models are not served yet; the service says so."""
+"""The service behind ``multimodal_vlm_modelslim_v1``. Such models are not served yet; the service says so."""
 
 from __future__ import annotations
 

@@ -130,8 +130,8 @@ class StreamedModel:
         if missing:
             if any(self._shapes[name].dim() == 3 and stored[name] in missing for name in self._shapes):
                 raise UnsupportedError(
-                    f"the model keeps its experts in one tensor each ({missing[0]!r}); mixture-of-experts models are not "
-                    "supported by this version",
+                    f"the model fuses its experts ({missing[0]!r}); mixture-of-experts models are not supported by "
+                    "this version",
                     where=str(self.folder),
                     remedy="use a dense model, or a version of Slim with support for experts",
                 )

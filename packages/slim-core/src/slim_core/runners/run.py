@@ -123,7 +123,8 @@ def run_plan(
     Args:
         save_path: appears when everything is written and checked.
         fingerprint: identifies model, recipe, data and version for ``resume``.
-        calibration: gives the keyword arguments of the model for each sample; called only if the plan needs data.
+        calibration: gives the keyword arguments of the model for each forward (``input_ids`` ``(samples, tokens)``
+            among them); called only if the plan needs data.
         propagate: ``float`` or ``quantized``, what a block hands to the next one during calibration.
         finish: writes further files into the finished folder before it appears.
 
@@ -153,7 +154,7 @@ def run_plan(
             bench = _Bench(model, plan, plan.output, writer, staging, result, by_unit, propagate == "quantized")
             if plan.needs_data and calibration is not None:
                 inputs = calibration()
-                result.samples = len(inputs)
+                result.samples = sum(len(batch["input_ids"]) for batch in inputs)
                 bench.block_forwards = stack.enter_context(BlockForwards(model, inputs, plan.devices.first))
             with torch.no_grad():
                 _work_through(bench, progress)
@@ -234,7 +235,7 @@ def _calibrated_block(bench: _Bench, unit: Unit, forwards: BlockForwards, finish
 def _quantize(
     bench: _Bench, unit: Unit, ranges: Mapping[str, TensorRange], *, keep: bool = False, write: bool = True
 ) -> dict[str, QuantizedLinear]:
-    """Let the processors work on a unit; finished layers go to the saver at once. Returns them if they are to be kept."""
+    """Let the processors work on a unit; finished layers go to the saver at once and are returned if kept."""
     model, plan, saver = bench.model, bench.plan, bench.plan.saver
     layers: dict[str, QuantizedLinear] = {}
     if not (write or keep):
@@ -258,8 +259,8 @@ def _quantize(
     linears = {
         info.name: LinearWork(
             info,
-            LazyTensor(model.source, model.source.meta(f"{info.prefix}.weight")),
-            model.source.load(f"{info.prefix}.bias") if info.has_bias else None,
+            LazyTensor(model.source, model.source.meta(unit.parameters[f"{info.name}.weight"])),
+            model.source.load(unit.parameters[f"{info.name}.bias"]) if info.has_bias else None,
             plan.assignments[info.name],
         )
         for info in unit.linears
