@@ -1,15 +1,13 @@
 """A sharded safetensors writer that needs no tensor before it starts and keeps none.
 
 Name, dtype and shape of everything that will be written are known from the plan, so shards are laid out and their
-headers written first; tensors then land at their offsets in any order. Bytes go to disk on a background thread behind
-a bounded queue, so computing and writing overlap while memory stays small.
+headers written first; tensors then land at their offsets in any order. Bytes go to disk on background threads behind a
+bounded queue, so computing and writing overlap while memory stays small.
 """
 
 from __future__ import annotations
 
 import os
-import queue
-import threading
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -19,6 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from slim_core.checkpoint.background import BackgroundJobs
 from slim_core.checkpoint.header import StoredTensor, build_header
 from slim_core.checkpoint.source import TensorMeta
 from slim_core.errors import EnvError, InvalidModelError, SlimError, UnexpectedError, UnsupportedError
@@ -26,6 +25,7 @@ from slim_core.errors import EnvError, InvalidModelError, SlimError, UnexpectedE
 __all__ = ["Shard", "ShardedWriter", "lay_out"]
 
 FILE_MODE = 0o600
+_THREADS = 2
 _QUEUE_BYTES = 16 << 20
 _COPY_CHUNK = 64 << 20
 _CARRY_CHUNK = 1 << 20
@@ -92,10 +92,6 @@ class ShardedWriter:
         self._folder = folder
         self._places: dict[str, tuple[int, int, TensorMeta]] = {}
         self._files: list[int] = []
-        self._queue: queue.Queue[tuple[Callable[[], None], int] | None] = queue.Queue()
-        self._room = threading.Condition()
-        self._queued_bytes = 0
-        self._error: BaseException | None = None
         self._closed = False
         done = set(done)
         try:
@@ -107,8 +103,7 @@ class ShardedWriter:
                 raise self._disk_error(error) from error
             raise
         self._missing = set(self._places) - done
-        self._thread = threading.Thread(target=self._work, name="slim-writer", daemon=True)
-        self._thread.start()
+        self._jobs = BackgroundJobs(_THREADS, _QUEUE_BYTES)
 
     def _open(self, shard: Shard, resumed: bool) -> None:
         path = self._folder / shard.file_name
@@ -158,16 +153,17 @@ class ShardedWriter:
                 f"stored as {stored.dtype}{list(stored.shape)}, the plan says {meta.dtype}{list(meta.shape)}",
                 where=name,
             )
-        if meta.nbytes:
-            self._submit(lambda: _copy_all(stored, fd, offset), 0)
+        for start in range(0, meta.nbytes, _COPY_CHUNK):
+            count = min(_COPY_CHUNK, meta.nbytes - start)
+            self._submit(lambda start=start, count=count: _copy_part(stored, start, count, fd, offset + start), 0)
         self._missing.remove(name)
 
     def after_writing(self, action: Callable[[], None]) -> None:
-        """Call ``action`` on the background thread once everything queued so far is in the file system.
+        """Call ``action`` on a background thread once everything queued so far is in the file system.
 
         It is not called if a write has failed. What it raises surfaces like a failed write.
         """
-        self._submit(action, 0)
+        self._submit(action, 0, barrier=True)
 
     def _place(self, name: str) -> tuple[int, int, TensorMeta]:
         self._raise_failure()
@@ -176,32 +172,14 @@ class ShardedWriter:
             raise UnexpectedError(f"the tensor {state}", where=name)
         return self._places[name]
 
-    def _submit(self, job: Callable[[], None], nbytes: int) -> None:
+    def _submit(self, job: Callable[[], None], nbytes: int, *, barrier: bool = False) -> None:
         if self._closed:
             raise UnexpectedError("the writer is closed", where=str(self._folder))
-        with self._room:
-            self._room.wait_for(lambda: self._queued_bytes == 0 or self._queued_bytes + nbytes <= _QUEUE_BYTES)
-            self._raise_failure()
-            self._queued_bytes += nbytes
-        self._queue.put((job, nbytes))
-
-    def _work(self) -> None:
-        while (item := self._queue.get()) is not None:
-            job, nbytes = item
-            if self._error is None:
-                try:
-                    job()
-                except BaseException as error:  # noqa: BLE001 - whatever it is, it belongs to the thread that waits
-                    self._error = error
-            del item, job
-            with self._room:
-                self._queued_bytes -= nbytes
-                self._room.notify_all()
-            self._queue.task_done()
-        self._queue.task_done()
+        self._jobs.submit(job, nbytes, barrier=barrier)
+        self._raise_failure()
 
     def _raise_failure(self) -> None:
-        match self._error:
+        match self._jobs.error:
             case None:
                 return
             case SlimError() as error:
@@ -217,7 +195,7 @@ class ShardedWriter:
         Raises:
             EnvError: a write failed.
         """
-        self._queue.join()
+        self._jobs.drain()
         self._raise_failure()
 
     def finish(self) -> None:
@@ -240,10 +218,8 @@ class ShardedWriter:
 
     def close(self) -> None:
         """Close the files without any check; what is queued is written first."""
-        if not self._closed:
-            self._closed = True
-            self._queue.put(None)
-        self._thread.join()
+        self._closed = True
+        self._jobs.stop()
         self._close_files()
 
     def _close_files(self) -> None:
@@ -276,18 +252,19 @@ def _write_all(fd: int, data: memoryview, offset: int) -> None:
         data = data[written:]
 
 
-def _copy_all(stored: StoredTensor, fd: int, offset: int) -> None:
+def _copy_part(stored: StoredTensor, start: int, count: int, fd: int, offset: int) -> None:
+    """Copy ``count`` bytes of a stored tensor from its byte ``start`` on."""
     try:
         source = os.open(stored.file, os.O_RDONLY)
     except OSError as error:
         raise _source_error(stored, error) from error
     try:
-        position, left = stored.begin, stored.nbytes
-        while left:
-            count = _copy_some(source, fd, position, offset, min(left, _COPY_CHUNK))
-            if not count:
-                count = _carry_some(stored, source, fd, position, offset, min(left, _CARRY_CHUNK))
-            position, offset, left = position + count, offset + count, left - count
+        position = stored.begin + start
+        while count:
+            done = _copy_some(source, fd, position, offset, count)
+            if not done:
+                done = _carry_some(stored, source, fd, position, offset, min(count, _CARRY_CHUNK))
+            position, offset, count = position + done, offset + done, count - done
     finally:
         os.close(source)
 

@@ -141,13 +141,13 @@ def run_plan(
         bytes_in=plan.bytes_in,
         bytes_out=plan.bytes_out,
     )
-    _recall(staging.folder / JOURNAL, result)
-    by_unit: dict[str, list[PlannedTensor]] = {unit.name: [] for unit in model.units}
-    for tensor in plan.output.tensors:
-        by_unit[tensor.unit].append(tensor)
-    written = [tensor.meta.name for name in staging.finished for tensor in by_unit[name]]
-    progress.start("Quantizing", {unit.name: unit.bytes_in + unit.bytes_out + 1 for unit in plan.units})
     try:
+        _recall(staging.folder / JOURNAL, result)
+        by_unit: dict[str, list[PlannedTensor]] = {unit.name: [] for unit in model.units}
+        for tensor in plan.output.tensors:
+            by_unit[tensor.unit].append(tensor)
+        written = [tensor.meta.name for name in staging.finished for tensor in by_unit[name]]
+        progress.start("Quantizing", {unit.name: unit.bytes_in + unit.bytes_out + 1 for unit in plan.units})
         with ExitStack() as stack:
             writer = ShardedWriter(staging.folder, plan.output.shards, done=written)
             stack.callback(writer.close)

@@ -1,0 +1,83 @@
+"""Jobs on a few background threads, behind a bound on the bytes they hold."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable
+
+__all__ = ["BackgroundJobs"]
+
+Job = Callable[[], None]
+
+
+class BackgroundJobs:
+    """Runs jobs in the order given, several at a time; a *barrier* waits for all jobs before it.
+
+    Args:
+        threads: how many jobs run at a time.
+        limit: bytes that waiting and running jobs may hold together; a larger single job passes alone.
+
+    After a job has failed, ``error`` holds what it raised and the jobs behind it are dropped.
+    """
+
+    def __init__(self, threads: int, limit: int) -> None:
+        self._limit = limit
+        self._state = threading.Condition()
+        self._waiting: deque[tuple[int, Job, int, bool]] = deque()
+        self._running: set[int] = set()
+        self._submitted = 0
+        self._stopping = False
+        self.held_bytes = 0
+        self.error: BaseException | None = None
+        self._threads = [threading.Thread(target=self._work, name="slim-writer", daemon=True) for _ in range(threads)]
+        for thread in self._threads:
+            thread.start()
+
+    def submit(self, job: Job, nbytes: int = 0, *, barrier: bool = False) -> None:
+        """Add a job; waits while too many bytes are held. Dropped at once if a job has failed."""
+        with self._state:
+            self._state.wait_for(
+                lambda: self.error is not None or not self.held_bytes or self.held_bytes + nbytes <= self._limit
+            )
+            if self.error is not None:
+                return
+            self.held_bytes += nbytes
+            self._waiting.append((self._submitted, job, nbytes, barrier))
+            self._submitted += 1
+            self._state.notify_all()
+
+    def _work(self) -> None:
+        while True:
+            with self._state:
+                self._state.wait_for(lambda: self._waiting or self._stopping)
+                if not self._waiting:
+                    return
+                number, job, nbytes, barrier = self._waiting.popleft()
+                self._running.add(number)
+                if barrier:
+                    self._state.wait_for(lambda own=number: min(self._running) == own)
+                dropped = self.error is not None
+            try:
+                if not dropped:
+                    job()
+            except BaseException as error:  # noqa: BLE001 - whatever it is, it belongs to the thread that waits
+                self.error = self.error or error
+            del job
+            with self._state:
+                self._running.discard(number)
+                self.held_bytes -= nbytes
+                self._state.notify_all()
+
+    def drain(self) -> None:
+        """Wait until nothing waits or runs."""
+        with self._state:
+            self._state.wait_for(lambda: not self._waiting and not self._running)
+
+    def stop(self) -> None:
+        """Finish what waits and end the threads."""
+        with self._state:
+            self._stopping = True
+            self._state.notify_all()
+        for thread in self._threads:
+            thread.join()
