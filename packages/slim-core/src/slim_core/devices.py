@@ -55,7 +55,9 @@ def parse_device(text: str) -> tuple[str, tuple[int, ...]]:
         )
     indices = tuple(int(item) for item in items)
     if len(set(indices)) != len(indices):
-        raise SchemaValidateError(f"a device index is repeated in {text!r}", where="--device")
+        raise SchemaValidateError(
+            f"a device index is repeated in {text!r}", where="--device", remedy="name each index once"
+        )
     if kind == "cpu" and len(indices) > 1:
         raise SchemaValidateError("the CPU is one device", where="--device", remedy="write cpu")
     return kind, indices

@@ -40,6 +40,10 @@ def match_practice(model_type: str, quant_type: str | None, tags: Sequence[str] 
     Raises:
         SchemaValidateError, UnsupportedError: as there.
     """
+    if not installed_services():
+        raise UnsupportedError(
+            "no installed package can quantize anything", remedy="pip install slim-llm (or slim-vlm, slim-sd)"
+        )
     pedigree = next(filter(None, (service.pedigree(model_type) for service in _services())), DEFAULT_PEDIGREE)
     library = open_library()
     selection = library.select(pedigree, model_type, quant_type, tags)

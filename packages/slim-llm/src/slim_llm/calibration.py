@@ -77,9 +77,13 @@ def read_samples(path: Path) -> list[TextSample]:
     try:
         content = path.read_text("utf-8")
     except UnicodeDecodeError as error:
-        raise InvalidDatasetError(f"is not UTF-8 text (byte {error.start})", where=str(path)) from error
+        raise InvalidDatasetError(
+            f"is not UTF-8 text (byte {error.start})", where=str(path), remedy="save it as UTF-8"
+        ) from error
     except OSError as error:
-        raise InvalidDatasetError(f"cannot be read: {error.strerror}", where=str(path)) from error
+        raise InvalidDatasetError(
+            f"cannot be read: {error.strerror}", where=str(path), remedy="check the file and its permissions"
+        ) from error
     if path.suffix == ".txt":
         parts = [part.strip() for part in re.split(r"\n\s*\n", content)]
         samples = [TextSample(str(path), text=part) for part in parts if part]
@@ -95,7 +99,7 @@ def _array(path: Path, content: str) -> Iterator[tuple[str, Any]]:
     try:
         values = json.loads(content)
     except (ValueError, RecursionError) as error:
-        raise InvalidDatasetError(f"not valid JSON: {error}", where=str(path)) from error
+        raise InvalidDatasetError(f"not valid JSON: {error}", where=str(path), remedy="correct it") from error
     if not isinstance(values, list):
         raise InvalidDatasetError("must hold a JSON array", where=str(path), remedy="use .jsonl for one value per line")
     return ((f"{path}[{i}]", value) for i, value in enumerate(values))
@@ -112,18 +116,24 @@ def _lines(path: Path, content: str) -> Iterator[tuple[str, Any]]:
         try:
             yield where, json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise InvalidDatasetError(f"not valid JSON: {error}", where=where) from error
+            raise InvalidDatasetError(
+                f"not valid JSON: {error}", where=where, remedy="write one JSON value per line"
+            ) from error
 
 
 def _sample(where: str, value: Any) -> TextSample:
     if isinstance(value, str):
         return _text(where, value)
     if not isinstance(value, dict):
-        raise InvalidDatasetError(f"is a {type(value).__name__}, not an object or a string", where=where)
+        raise InvalidDatasetError(
+            f"is a {type(value).__name__}, not an object or a string",
+            where=where,
+            remedy='write {"text": "..."}, or see docs/calibration.md',
+        )
     for key in _TEXT_KEYS:
         if key in value:
             if not isinstance(value[key], str):
-                raise InvalidDatasetError(f"{key!r} is not a string", where=where)
+                raise InvalidDatasetError(f"{key!r} is not a string", where=where, remedy="put the text in quotes")
             return _text(where, value[key])
     if "messages" in value:
         return TextSample(where, messages=_conversation(where, value["messages"]))
@@ -132,7 +142,7 @@ def _sample(where: str, value: Any) -> TextSample:
 
 def _text(where: str, text: str) -> TextSample:
     if not text.strip():
-        raise InvalidDatasetError("the text is empty", where=where)
+        raise InvalidDatasetError("the text is empty", where=where, remedy="remove the sample")
     return TextSample(where, text=text)
 
 
@@ -166,7 +176,9 @@ def tokenize(
     for sample in samples[: dataset.num_samples]:
         ids = _encode(sample, tokenizer)
         if not ids:
-            raise InvalidDatasetError("the sample has no tokens", where=sample.where)
+            raise InvalidDatasetError(
+                "the sample has no tokens", where=sample.where, remedy="remove the sample, or check the tokenizer"
+            )
         too_long += bool(max_positions and len(ids) > max_positions and not dataset.max_length)
         encoded.append(ids[:limit])
     if too_long:
@@ -194,7 +206,9 @@ def _encode(sample: TextSample, tokenizer: Any) -> list[int]:
         text = tokenizer.apply_chat_template(list(sample.messages), tokenize=False)
     except (TemplateError, ValueError, TypeError, KeyError) as error:
         raise InvalidDatasetError(
-            f"the tokenizer's chat template refuses the conversation: {error}", where=sample.where
+            f"the tokenizer's chat template refuses the conversation: {error}",
+            where=sample.where,
+            remedy="change the sample, or write it as plain text",
         ) from error
     return _ids(sample.where, text, tokenizer, add_special_tokens=False)
 
@@ -204,6 +218,6 @@ def _ids(where: str, text: str, tokenizer: Any, **options: Any) -> list[int]:
         text.encode()
     except UnicodeEncodeError as error:
         raise InvalidDatasetError(
-            f"the text holds half of a surrogate pair ({text[error.start]!a})", where=where
+            f"the text holds half of a surrogate pair ({text[error.start]!a})", where=where, remedy="remove it"
         ) from error
     return list(tokenizer(text, **options)["input_ids"])

@@ -57,7 +57,9 @@ def fp8_block_shape(config: dict[str, Any]) -> tuple[int, int] | None:
             return rows, columns
         case _:
             raise InvalidModelError(
-                f"must be two positive numbers, got {block!r:.100}", where="quantization_config.weight_block_size"
+                f"must be two positive numbers, got {block!r:.100}",
+                where="quantization_config.weight_block_size",
+                remedy="correct it in config.json",
             )
 
 
@@ -79,7 +81,11 @@ class Fp8BlockSource:
         meta = self._inner.meta(name)
         if name not in self._encoded:
             if meta.dtype in _FLOAT8 and len(meta.shape) >= 2:
-                raise InvalidModelError(f"float8 tensor has no {name + _SUFFIX!r} beside it", where=name)
+                raise InvalidModelError(
+                    f"float8 tensor has no {name + _SUFFIX!r} beside it",
+                    where=name,
+                    remedy="a shard is missing, or the source is not block-quantized FP8",
+                )
             return
         if len(meta.shape) != 2:
             raise InvalidModelError(f"block-quantized tensor is no matrix, its shape is {list(meta.shape)}", where=name)
@@ -89,9 +95,14 @@ class Fp8BlockSource:
             raise InvalidModelError(
                 f"has shape {list(factors.shape)}, expected {list(want)} for blocks of {self._block}",
                 where=factors.name,
+                remedy="correct weight_block_size in config.json",
             )
         if not factors.dtype.is_floating_point:
-            raise InvalidModelError(f"holds {factors.dtype}, expected a floating-point type", where=factors.name)
+            raise InvalidModelError(
+                f"holds {factors.dtype}, expected a floating-point type",
+                where=factors.name,
+                remedy="only factors in floating point are known; start from another checkpoint",
+            )
 
     def __contains__(self, name: object) -> bool:
         return name in self._inner and not self._is_factor(name)

@@ -41,6 +41,7 @@ DTYPE_NAMES: dict[torch.dtype, str] = {dtype: name for name, dtype in DTYPES.ite
 MAX_HEADER_BYTES = 100_000_000
 ALIGNMENT = 8
 _LIMIT = 1 << 63
+_AGAIN = "copy or download the file again"
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ def read_header(file: Path) -> list[StoredTensor]:
     try:
         status = file.stat()
         if not stat.S_ISREG(status.st_mode):
-            raise InvalidModelError("not a file", where=str(file))
+            raise InvalidModelError("not a file", where=str(file), remedy=_AGAIN)
         size = status.st_size
         with file.open("rb") as stream:
             prefix = stream.read(8)
@@ -73,15 +74,13 @@ def read_header(file: Path) -> list[StoredTensor]:
                 raise InvalidModelError(
                     f"not a safetensors file or cut off inside its header ({size} bytes)",
                     where=str(file),
-                    remedy="copy or download the file again",
+                    remedy=_AGAIN,
                 )
             header = parse_object(stream.read(length))
     except OSError as error:
-        raise InvalidModelError(f"cannot be read: {error.strerror}", where=str(file)) from error
+        raise InvalidModelError(f"cannot be read: {error.strerror}", where=str(file), remedy=_AGAIN) from error
     except ValueError as error:
-        raise InvalidModelError(
-            f"its header is not valid JSON: {error}", where=str(file), remedy="copy or download the file again"
-        ) from error
+        raise InvalidModelError(f"its header is not valid JSON: {error}", where=str(file), remedy=_AGAIN) from error
     start = 8 + length
     tensors = [_entry(file, start, name, entry) for name, entry in header.items() if name != "__metadata__"]
     _check_extent(file, start, size, tensors)
@@ -119,7 +118,9 @@ def _entry(file: Path, start: int, name: str, entry: Any) -> StoredTensor:
         begin, end = _counts(entry["data_offsets"])
     except (KeyError, TypeError, ValueError) as error:
         raise InvalidModelError(
-            f"the header entry of tensor {name!r} is malformed or has an unknown dtype: {entry!r:.200}", where=str(file)
+            f"the header entry of tensor {name!r} is malformed or has an unknown dtype: {entry!r:.200}",
+            where=str(file),
+            remedy=_AGAIN,
         ) from error
     elements, span = 1, dtype.itemsize
     for n in shape:
@@ -130,6 +131,7 @@ def _entry(file: Path, start: int, name: str, entry: Any) -> StoredTensor:
             f"the header entry of tensor {name!r} contradicts itself: "
             f"{entry['dtype']}{list(shape)} in {end - begin} bytes",
             where=str(file),
+            remedy=_AGAIN,
         )
     return StoredTensor(name, dtype, shape, file, start + begin, end - begin)
 
@@ -149,7 +151,9 @@ def _check_extent(file: Path, start: int, size: int, tensors: list[StoredTensor]
     for tensor in sorted(tensors, key=lambda t: (t.begin, t.nbytes)):
         if tensor.begin != position:
             raise InvalidModelError(
-                f"tensor {tensor.name!r} overlaps another one or leaves a gap before it", where=str(file)
+                f"tensor {tensor.name!r} overlaps another one or leaves a gap before it",
+                where=str(file),
+                remedy=_AGAIN,
             )
         position += tensor.nbytes
     if position != size:
@@ -157,7 +161,7 @@ def _check_extent(file: Path, start: int, size: int, tensors: list[StoredTensor]
         raise InvalidModelError(
             f"the file is {state}: {size} bytes, expected {position}",
             where=str(file),
-            remedy="copy or download the file again",
+            remedy=_AGAIN,
         )
 
 

@@ -26,6 +26,7 @@ from slim_core.errors import InvalidModelError, UnexpectedError
 __all__ = ["Checkpoint"]
 
 _PAGE = mmap.ALLOCATIONGRANULARITY
+_AGAIN = "download the file again"
 
 
 class Checkpoint:
@@ -181,7 +182,11 @@ def _read_ahead(spans: list[tuple[Path, int, int]]) -> None:
 
 def _find_files(folder: Path, index: str | None) -> tuple[list[Path], dict[str, str] | None]:
     if not folder.is_dir():
-        raise InvalidModelError("the model folder does not exist or is not a folder", where=str(folder))
+        raise InvalidModelError(
+            "the model folder does not exist or is not a folder",
+            where=str(folder),
+            remedy="point --model_path to the model folder",
+        )
     indices = [folder / index] if index else _weights(folder, ".safetensors.index.json")
     if len(indices) > 1:
         raise InvalidModelError(
@@ -223,11 +228,15 @@ def _read_index(path: Path) -> dict[str, str]:
         if not isinstance(listed, dict) or not listed:
             raise ValueError("weight_map is empty or not an object")
     except OSError as error:
-        raise InvalidModelError(f"cannot be read: {error.strerror}", where=str(path)) from error
-    except (ValueError, KeyError) as error:
-        raise InvalidModelError(f"not a valid safetensors index: {error}", where=str(path)) from error
+        raise InvalidModelError(f"cannot be read: {error.strerror}", where=str(path), remedy=_AGAIN) from error
+    except KeyError:
+        raise InvalidModelError("not a safetensors index: no weight_map", where=str(path), remedy=_AGAIN) from None
+    except ValueError as error:
+        raise InvalidModelError(f"not a safetensors index: {error}", where=str(path), remedy=_AGAIN) from error
     placed = cast("dict[str, Any]", listed)
     for name, file in placed.items():
         if not isinstance(file, str) or file in ("", "..") or Path(file).name != file:
-            raise InvalidModelError(f"tensor {name!r} is placed outside the folder: {file!r}", where=str(path))
+            raise InvalidModelError(
+                f"tensor {name!r} is placed outside the folder: {file!r}", where=str(path), remedy=_AGAIN
+            )
     return placed

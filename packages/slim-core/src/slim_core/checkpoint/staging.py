@@ -33,7 +33,9 @@ def _real(path: Path) -> Path:
     try:
         return path.resolve()
     except (OSError, RuntimeError) as error:
-        raise SecurityError("the path is a loop of symbolic links", where=str(path)) from error
+        raise SecurityError(
+            "the path is a loop of symbolic links", where=str(path), remedy="choose another folder"
+        ) from error
 
 
 def _occupied(path: Path) -> bool:
@@ -56,7 +58,9 @@ def check_target(target: Path, model: Path, overwrite: bool) -> None:
     try:
         _check_place(target, real, overwrite)
     except OSError as error:
-        raise EnvError(f"cannot be used as save_path: {error.strerror}", where=str(target)) from error
+        raise EnvError(
+            f"cannot be used as save_path: {error.strerror}", where=str(target), remedy="choose another folder"
+        ) from error
 
 
 def _check_place(target: Path, real: Path, overwrite: bool) -> None:
@@ -119,7 +123,9 @@ class Staging:
             self._unlock()
             if isinstance(error, OSError):
                 raise EnvError(
-                    f"save_path cannot be prepared: {error.strerror}", where=str(error.filename or self.folder)
+                    f"save_path cannot be prepared: {error.strerror}",
+                    where=str(error.filename or self.folder),
+                    remedy="choose another folder, or remove the cause",
                 ) from error
             raise
 
@@ -144,7 +150,11 @@ class Staging:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise EnvError("another run is writing to this save_path", where=str(self.folder)) from error
+            raise EnvError(
+                "another run is writing to this save_path",
+                where=str(self.folder),
+                remedy="wait until it has ended, or choose another save_path",
+            ) from error
         except OSError as error:
             _logger.warning(
                 "%s cannot be locked (%s): take care that no other run writes to it", self.folder, error.strerror

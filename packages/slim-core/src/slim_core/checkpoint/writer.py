@@ -231,7 +231,7 @@ class ShardedWriter:
         return EnvError(
             f"writing the output failed: {error.strerror or error}",
             where=str(error.filename or self._folder),
-            remedy="free disk space or choose another save_path, then run again with --resume",
+            remedy="free disk space, then run again with --resume (without, if no unit was finished yet)",
         )
 
 

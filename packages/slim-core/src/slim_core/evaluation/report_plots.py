@@ -11,6 +11,7 @@ import io
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 from slim_core.evaluation.report_data import LinearRow, ReportData, UnitRow
@@ -51,7 +52,12 @@ _Series = Mapping[int, float]
 
 
 def draw_plots(data: ReportData) -> dict[str, str]:
-    """Inline SVG by name: ``sqnr``, ``ranges``, ``sizes``, ``costs``. A plot that would be empty is left out."""
+    """Inline SVG by name: ``sqnr``, ``ranges``, ``sizes``, ``costs``; none at all where matplotlib is not installed.
+
+    A plot that would be empty is left out.
+    """
+    if find_spec("matplotlib") is None:
+        return {}
     # Imported here because it takes a third of a second, and as Any because its own types are partly unknown.
     matplotlib: Any = import_module("matplotlib")
     new_figure: Any = import_module("matplotlib.figure").Figure

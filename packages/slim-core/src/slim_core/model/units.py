@@ -21,6 +21,8 @@ from slim_core.model.skeleton import find_blocks, named_modules
 
 __all__ = ["LinearInfo", "StreamedModel", "Unit"]
 
+_FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
 
 @dataclass(frozen=True)
 class LinearInfo:
@@ -143,11 +145,19 @@ class StreamedModel:
                 remedy="the weights and config.json do not belong together, or a shard is missing",
             )
         for name, stored in names.items():
+            kept = self.source.meta(stored).dtype
+            if self._shapes[name].is_floating_point() and kept not in _FLOATS:
+                raise InvalidModelError(
+                    f"the tensor is stored as {str(kept).removeprefix('torch.')}, not as a floating-point weight",
+                    where=stored,
+                    remedy="start from a floating-point checkpoint; float8 needs quantization_config in config.json",
+                )
             have, want = self.source.meta(stored).shape, tuple(self._shapes[name].shape)
             if have != want:
                 raise InvalidModelError(
                     f"tensor {stored!r} has shape {list(have)}, config.json asks for {list(want)}",
                     where=str(self.folder),
+                    remedy="the weights and config.json do not belong together",
                 )
         return names, ties
 

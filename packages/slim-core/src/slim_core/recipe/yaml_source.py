@@ -25,6 +25,7 @@ MAX_NODES = 100_000
 Location = tuple[str | int, ...]
 """A place in a document: mapping keys and sequence indices from the root."""
 
+_SMALLER = "a recipe needs no such size, use fewer aliases"
 _TAG = "tag:yaml.org,2002:"
 _SCALAR_TAGS = {_TAG + name for name in ("str", "int", "float", "bool", "null")}
 _KINDS: dict[type, str] = {dict: "a mapping", list: "a list", tuple: "a list"}
@@ -87,7 +88,7 @@ def read_yaml(path: Path) -> Document:
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
         raise SchemaValidateError(
-            f"control character U+{error.character:04X} in the text", where=f"{path}:{line}"
+            f"control character U+{error.character:04X} in the text", where=f"{path}:{line}", remedy="remove it"
         ) from None
     try:
         node = _compose(loader, path)
@@ -104,7 +105,9 @@ def _read_text(path: Path) -> str:
         with path.open("rb") as file:
             raw = file.read(MAX_BYTES + 1)
     except OSError as error:
-        raise SecurityError(f"cannot be read: {error.strerror}", where=str(path)) from error
+        raise SecurityError(
+            f"cannot be read: {error.strerror}", where=str(path), remedy="check the file and its permissions"
+        ) from error
     if len(raw) > MAX_BYTES:
         raise SecurityError("larger than 16 MiB", where=str(path), remedy="a recipe is a small text file")
     try:
@@ -162,7 +165,7 @@ def _syntax_error(error: yaml.MarkedYAMLError, path: Path, text: str) -> SchemaV
     if error.context and error.context_mark and error.problem:
         what = f"{what}, {error.context} (line {error.context_mark.line + 1})"
     tabbed = mark is not None and "\t" in "".join(text.split("\n")[mark.line : mark.line + 1])
-    remedy = "indent with spaces, YAML allows no tabs" if tabbed else None
+    remedy = "indent with spaces, YAML allows no tabs" if tabbed else "correct the line, or the one before it"
     return SchemaValidateError(f"not valid YAML: {what}", where=where, remedy=remedy)
 
 
@@ -248,9 +251,9 @@ class _Builder:
         self._open.add(id(node))
         self._count += 1
         if self._count > MAX_NODES:
-            raise self._error(node, f"more than {MAX_NODES} values once the aliases are expanded")
+            raise self._error(node, f"more than {MAX_NODES} values once the aliases are expanded", _SMALLER)
         if len(self._open) > MAX_DEPTH:
-            raise self._error(node, f"nested deeper than {MAX_DEPTH} levels once the aliases are expanded")
+            raise self._error(node, f"nested deeper than {MAX_DEPTH} levels once the aliases are expanded", _SMALLER)
 
     def _key(self, node: Node) -> str:
         if not isinstance(node, ScalarNode):

@@ -123,8 +123,8 @@ def run_plan(
     Args:
         save_path: appears when everything is written and checked.
         fingerprint: identifies model, recipe, data and version for ``resume``.
-        calibration: gives the keyword arguments of the model for each forward (``input_ids`` ``(samples, tokens)``
-            among them); called only if the plan needs data.
+        calibration: gives the keyword arguments of the model for each forward, tensors with samples in their first
+            dimension; called only if the plan needs data.
         propagate: ``float`` or ``quantized``, what a block hands to the next one during calibration.
         finish: writes further files into the finished folder before it appears.
 
@@ -154,7 +154,7 @@ def run_plan(
             bench = _Bench(model, plan, plan.output, writer, staging, result, by_unit, propagate == "quantized")
             if plan.needs_data and calibration is not None:
                 inputs = calibration()
-                result.samples = sum(len(batch["input_ids"]) for batch in inputs)
+                result.samples = sum(_samples(batch) for batch in inputs)
                 bench.block_forwards = stack.enter_context(BlockForwards(model, inputs, plan.devices.first))
             with torch.no_grad():
                 _work_through(bench, progress)
@@ -175,6 +175,11 @@ def run_plan(
     finally:
         progress.stop()
     return result
+
+
+def _samples(batch: Mapping[str, Any]) -> int:
+    """How many samples share a forward."""
+    return max((len(value) for value in batch.values() if isinstance(value, torch.Tensor) and value.dim()), default=1)
 
 
 def _recall(journal: Path, result: RunResult) -> None:

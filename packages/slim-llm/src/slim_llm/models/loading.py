@@ -27,15 +27,23 @@ def read_config(folder: Path) -> dict[str, Any]:
     """
     path = folder / "config.json"
     if not folder.is_dir():
-        raise InvalidModelError("the model folder does not exist or is not a folder", where=str(folder))
+        raise InvalidModelError(
+            "the model folder does not exist or is not a folder",
+            where=str(folder),
+            remedy="point --model_path to the model folder",
+        )
     try:
         config = json.loads(path.read_text("utf-8"))
     except FileNotFoundError:
-        raise InvalidModelError("there is no config.json", where=str(folder)) from None
+        raise InvalidModelError(
+            "there is no config.json", where=str(folder), remedy="point --model_path to the model folder"
+        ) from None
     except (OSError, ValueError) as error:
-        raise InvalidModelError(f"cannot be read as JSON: {error}", where=str(path)) from error
+        raise InvalidModelError(
+            f"cannot be read as JSON: {error}", where=str(path), remedy="correct it or download it again"
+        ) from error
     if not isinstance(config, dict):
-        raise InvalidModelError("is not a JSON object", where=str(path))
+        raise InvalidModelError("is not a JSON object", where=str(path), remedy="download it again")
     return config
 
 
@@ -74,7 +82,9 @@ def open_skeleton(
             return AutoModelForCausalLM.from_config(parsed, trust_remote_code=trust_remote_code, dtype=dtype)
     except (*refusals, StrictDataclassError) as error:
         raise InvalidModelError(
-            f"transformers cannot build the model: {type(error).__name__}: {error}", where=str(folder / "config.json")
+            f"transformers cannot build the model: {type(error).__name__}: {error}",
+            where=str(folder / "config.json"),
+            remedy="correct the file, or download it again",
         ) from error
 
 
@@ -82,7 +92,7 @@ def is_causal_lm(config: dict[str, Any]) -> bool:
     """Whether transformers has a causal language model for this configuration."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    return config.get("model_type") in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    return str(config.get("model_type")) in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 
 def open_model(folder: Path, *, trust_remote_code: bool = False) -> StreamedModel:
@@ -137,8 +147,11 @@ def open_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
-    except (ValueError, KeyError, TypeError, OSError, ImportError, AttributeError) as error:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
+        if not tokenizer("text")["input_ids"]:
+            raise ValueError("it turns text into nothing, so its files are missing")
+        return tokenizer
+    except Exception as error:  # the Rust library raises nothing more special
         raise InvalidModelError(
             f"the tokenizer cannot be loaded: {type(error).__name__}: {error}",
             where=str(folder),

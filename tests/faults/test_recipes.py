@@ -1,0 +1,521 @@
+"""Broken recipes. A row: what is done to a good one, and kind, words, place and way out of the message."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+SCHEMA, SECURITY, UNSUPPORTED = "203 SchemaValidateError", "204 SecurityError", "301 UnsupportedError"
+PROCESS = "spec.process[0]"
+
+
+def edit(old: str, new: str) -> Callable[..., None]:
+    """Replace a part of the good recipe."""
+    return lambda w: w.edit(old, new)
+
+
+def text(content: str) -> Callable[..., None]:
+    return lambda w: w.recipe.write_text(content)
+
+
+def raw(content: bytes) -> Callable[..., None]:
+    return lambda w: w.recipe.write_bytes(content)
+
+
+def cut(start: str) -> Callable[..., None]:
+    """Drop everything from ``start`` on."""
+    return lambda w: w.recipe.write_text(w.recipe.read_text().partition(start)[0])
+
+
+def links(w) -> None:
+    w.recipe.unlink()
+    w.recipe.symlink_to("/proc/self/mem")
+
+
+BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]\n" for i in range(1, 9)
+)
+
+MISSPELT = {
+    "top level": (
+        edit("metadata:", "metdata:"),
+        SCHEMA,
+        "unknown top-level key",
+        "{recipe}:2: metdata",
+        "did you mean 'metadata'",
+    ),
+    "metadata": (
+        edit("config_id:", "config_ids:"),
+        SCHEMA,
+        "unknown field",
+        "{recipe}:3: metadata.config_ids",
+        "did you mean 'config_id'",
+    ),
+    "spec": (
+        edit("  process:", "  proces:"),
+        SCHEMA,
+        "unknown field",
+        "{recipe}:8: spec.proces",
+        "did you mean 'process'",
+    ),
+    "process": (
+        edit("include:", "includes:"),
+        SCHEMA,
+        "unknown field",
+        f"{{recipe}}:22: {PROCESS}.includes",
+        "did you mean 'include'",
+    ),
+    "qconfig": (
+        edit("        weight:", "        weights:"),
+        SCHEMA,
+        "unknown field | required field is missing",
+        f"{{recipe}}:17: {PROCESS}.qconfig.weights",
+        "did you mean 'weight'",
+    ),
+    "act": (
+        edit("symmetric: false", "symetric: false"),
+        SCHEMA,
+        "unknown field",
+        f"{{recipe}}:14: {PROCESS}.qconfig.act.symetric",
+        "did you mean 'symmetric'",
+    ),
+    "ext": (
+        edit("aggregation_type: max", "agregation_type: max"),
+        SCHEMA,
+        "unknown field",
+        f"{{recipe}}:16: {PROCESS}.qconfig.act.ext.agregation_type",
+        "did you mean 'aggregation_type'",
+    ),
+    "save": (
+        edit("part_file_size", "part-file-sizes"),
+        SCHEMA,
+        "unknown field",
+        "{recipe}:26: spec.save[0].part-file-sizes",
+        "did you mean 'part_file_size'",
+    ),
+    "dataset": (
+        edit("max_length", "maxlength"),
+        SCHEMA,
+        "unknown field",
+        "{recipe}:29: spec.dataset.maxlength",
+        "did you mean 'max_length'",
+    ),
+}
+
+VALUES = {
+    "quoted boolean": (
+        edit("symmetric: true", 'symmetric: "true"'),
+        SCHEMA,
+        "got 'true'",
+        f"{{recipe}}:20: {PROCESS}.qconfig.weight.symmetric",
+        "without quotes",
+    ),
+    "boolean for a number": (
+        edit("part_file_size: 4", "part_file_size: true"),
+        SCHEMA,
+        "not true or false",
+        "{recipe}:26: spec.save[0].part_file_size",
+        "must be a number",
+    ),
+    "word for a number": (
+        edit("part_file_size: 4", "part_file_size: large"),
+        SCHEMA,
+        "got 'large'",
+        "{recipe}:26: spec.save[0].part_file_size",
+        "must be a valid integer",
+    ),
+    "negative size": (
+        edit("part_file_size: 4", "part_file_size: -1"),
+        SCHEMA,
+        "got -1",
+        "{recipe}:26: spec.save[0].part_file_size",
+        "greater than or equal to 0",
+    ),
+    "nothing for a number": (
+        edit("part_file_size: 4", "part_file_size:"),
+        SCHEMA,
+        "got nothing",
+        "{recipe}:26: spec.save[0].part_file_size",
+        "must be a valid integer",
+    ),
+    "score of nan": (
+        edit("score: 50", "score: .nan"),
+        SCHEMA,
+        "got nan",
+        "{recipe}:4: metadata.score",
+        "must be",
+    ),
+    "batch size of zero": (
+        edit("max_length: 32", "batch_size: 0"),
+        SCHEMA,
+        "got 0",
+        "{recipe}:29: spec.dataset.batch_size",
+        "greater than or equal to 1",
+    ),
+    "empty dataset path": (
+        edit("  dataset:\n    path: ", '  dataset:\n    path: "" # '),
+        SCHEMA,
+        "got ''",
+        "{recipe}:28: spec.dataset.path",
+        "at least 1 character",
+    ),
+    "list for a mapping": (
+        edit("      qconfig:\n", "      qconfig: []\n      unused:\n"),
+        SCHEMA,
+        "got a list",
+        f"{{recipe}}:10: {PROCESS}.qconfig",
+        "must be a mapping",
+    ),
+    "mapping for a list": (
+        edit("    - type: linear_quant\n      qconfig:", "      type: linear_quant\n      qconfig:"),
+        SCHEMA,
+        "got a mapping",
+        "{recipe}:8: spec.process",
+        "must be a list",
+    ),
+    "word for a list": (
+        edit('include: ["*"]', 'include: "*"'),
+        SCHEMA,
+        "got '*'",
+        f"{{recipe}}:22: {PROCESS}.include",
+        "must be a list",
+    ),
+    "unknown scope": (
+        edit("scope: per_tensor", "scope: per_tensr"),
+        SCHEMA,
+        "got 'per_tensr'",
+        f"{{recipe}}:13: {PROCESS}.qconfig.act.scope",
+        "did you mean 'per_tensor'",
+    ),
+    "unknown dtype": (
+        edit(
+            "          dtype: int8\n          scope: per_channel", "          dtype: int9\n          scope: per_channel"
+        ),
+        SCHEMA,
+        "got 'int9'",
+        f"{{recipe}}:18: {PROCESS}.qconfig.weight.dtype",
+        "did you mean 'int8'",
+    ),
+    "unknown method": (
+        edit("method: minmax\n      include", "method: minmx\n      include"),
+        SCHEMA,
+        "got 'minmx'",
+        f"{{recipe}}:21: {PROCESS}.qconfig.weight.method",
+        "did you mean 'minmax'",
+    ),
+    "unknown runner": (
+        edit("runner: layer_wise", "runner: layerwise"),
+        SCHEMA,
+        "got 'layerwise'",
+        "{recipe}:7: spec.runner",
+        "did you mean 'layer_wise'",
+    ),
+    "unknown processor": (
+        edit("type: linear_quant", "type: linear_quan"),
+        SCHEMA,
+        "got 'linear_quan'",
+        f"{{recipe}}:9: {PROCESS}.type",
+        "did you mean 'linear_quant'",
+    ),
+    "unknown saver": (
+        edit("type: ascendv1_saver", "type: ascend_saver"),
+        SCHEMA,
+        "got 'ascend_saver'",
+        "{recipe}:25: spec.save[0].type",
+        "did you mean 'ascendv1_saver'",
+    ),
+    "processor without a type": (
+        edit("type: linear_quant", "name: linear_quant"),
+        SCHEMA,
+        "required field is missing",
+        f"{PROCESS}.type",
+        "linear_quant",
+    ),
+    "processor is a name": (
+        edit("    - type: linear_quant\n", "    - linear_quant\n    - type: linear_quant\n"),
+        SCHEMA,
+        "must be a mapping",
+        f"{{recipe}}:9: {PROCESS}",
+        "check the indentation",
+    ),
+    "weight left out": (
+        edit("        weight:\n", "        act2:\n"),
+        SCHEMA,
+        "required field is missing",
+        f"{PROCESS}.qconfig.weight",
+        "fields: act, weight",
+    ),
+    "group of nobody": (
+        edit("    - type: linear_quant\n", "    - {type: group, configs: []}\n    - type: linear_quant\n"),
+        SCHEMA,
+        "at least 1 item",
+        f"{{recipe}}:9: {PROCESS}.configs",
+        "must have",
+    ),
+    "fault inside a group": (
+        edit(
+            "    - type: linear_quant\n",
+            "    - type: group\n      configs:\n        - {type: linear_quant, qconfig: {weight: {bits: 8}}}\n"
+            "    - type: linear_quant\n",
+        ),
+        SCHEMA,
+        "unknown field",
+        f"{{recipe}}:11: {PROCESS}.configs[0].qconfig.weight.bits",
+        "fields: dtype",
+    ),
+    "open brace": (
+        edit('"*.down_proj"', '"*.{q,k"'),
+        SCHEMA,
+        "'{{' at character 3",
+        f"{{recipe}}:23: {PROCESS}.exclude[0]",
+        "is never closed",
+    ),
+    "open bracket": (
+        edit('"*.down_proj"', '"*.[abc"'),
+        SCHEMA,
+        "'['",
+        f"{{recipe}}:23: {PROCESS}.exclude[0]",
+        "is never closed",
+    ),
+    "empty pattern": (
+        edit('"*.down_proj"', '""'),
+        SCHEMA,
+        "the pattern is empty",
+        f"{{recipe}}:23: {PROCESS}.exclude[0]",
+        "empty",
+    ),
+    "endless pattern": (
+        edit('"*.down_proj"', "a" * 201),
+        SCHEMA,
+        "201 characters",
+        f"{{recipe}}:23: {PROCESS}.exclude[0]",
+        "at most 200",
+    ),
+    "brace bomb": (
+        edit('"*.down_proj"', '"{0..99}{0..99}{0..99}"'),
+        SCHEMA,
+        "alternatives",
+        f"{{recipe}}:23: {PROCESS}.exclude[0]",
+        "1000",
+    ),
+}
+
+UNAVAILABLE = {
+    "asymmetric per_token": (
+        edit("scope: per_tensor", "scope: per_token"),
+        SCHEMA,
+        "no layer has activations int8 per_token asymmetric",
+        f"{{recipe}}:9: {PROCESS}",
+        "nearest legal pair is act int8 per_token symmetric",
+    ),
+    "per_group": (
+        edit("scope: per_channel", "scope: per_group"),
+        SCHEMA,
+        "int8 per_group symmetric",
+        f"{{recipe}}:9: {PROCESS}",
+        "nearest legal pair",
+    ),
+    "four bits": (
+        edit("dtype: int8\n          scope: per_channel", "dtype: int4\n          scope: per_channel"),
+        SCHEMA,
+        "int4 per_channel symmetric",
+        f"{{recipe}}:9: {PROCESS}",
+        "nearest legal pair",
+    ),
+    "a method to come": (
+        edit("method: minmax\n      include", "method: ssz\n      include"),
+        SCHEMA,
+        "method 'ssz' is not available",
+        f"{{recipe}}:9: {PROCESS}",
+        "use 'minmax'",
+    ),
+    "a processor to come": (
+        edit("type: linear_quant", "type: iter_smooth"),
+        SCHEMA,
+        "no installed package provides the processor 'iter_smooth'",
+        f"{{recipe}}:9: {PROCESS}.type",
+        "installed: group, linear_quant",
+    ),
+    "a saver to come": (
+        edit("type: ascendv1_saver", "type: mindie_format_saver"),
+        SCHEMA,
+        "no installed package provides the saver 'mindie_format_saver'",
+        "{recipe}:25: spec.save[0].type",
+        "installed: ascendv1_saver",
+    ),
+    "dp_layer_wise": (
+        edit("runner: layer_wise", "runner: dp_layer_wise"),
+        UNSUPPORTED,
+        "distributed layer-wise quantization is not available",
+        "spec.runner",
+        "use runner: layer_wise",
+    ),
+    "prior stage": (
+        edit("  save:", "  prior:\n    - process: [{type: linear_quant, qconfig: {weight: {}}}]\n  save:"),
+        UNSUPPORTED,
+        "prior stages are not carried out",
+        "spec.prior",
+        "leave the stage out",
+    ),
+    "two savers": (
+        edit("  save:\n", "  save:\n    - type: ascendv1_saver\n"),
+        UNSUPPORTED,
+        "2 savers are given",
+        "spec.save",
+        "give one saver",
+    ),
+    "no saver": (
+        edit("  save:\n    - type: ascendv1_saver\n      part_file_size: 4\n", "  save: []\n"),
+        UNSUPPORTED,
+        "0 savers are given",
+        "spec.save",
+        "give one saver",
+    ),
+    "unknown apiversion": (
+        edit("modelslim_v1", "modelslim_v2"),
+        UNSUPPORTED,
+        "unknown apiversion 'modelslim_v2'",
+        "{recipe}: apiversion",
+        "did you mean 'modelslim_v1'",
+    ),
+    "apiversion of another tool": (
+        edit("modelslim_v1", "apps/v1"),
+        UNSUPPORTED,
+        "unknown apiversion 'apps/v1'",
+        "{recipe}: apiversion",
+        "known: modelslim_v0, modelslim_v1",
+    ),
+    "modelslim_v0": (
+        edit("modelslim_v1", "modelslim_v0"),
+        UNSUPPORTED,
+        "apiversion 'modelslim_v0' is served by the package slim-llm",
+        "{recipe}: apiversion",
+        "pip install",
+    ),
+    "vision-language": (
+        edit("modelslim_v1", "multimodal_vlm_modelslim_v1"),
+        UNSUPPORTED,
+        "slim-vlm cannot quantize vision-language models yet",
+        "multimodal_vlm_modelslim_v1",
+        "upgrade slim-vlm",
+    ),
+    "diffusion": (
+        edit("modelslim_v1", "multimodal_sd_modelslim_v1"),
+        UNSUPPORTED,
+        "slim-sd cannot quantize",
+        "multimodal_sd_modelslim_v1",
+        "upgrade slim-sd",
+    ),
+}
+
+FILES = {
+    "missing": (lambda w: w.recipe.unlink(), SECURITY, "no such file", "{recipe}", "give the path of a YAML file"),
+    "a folder": (
+        lambda w: (w.recipe.unlink(), w.recipe.mkdir()),
+        SECURITY,
+        "is a folder",
+        "{recipe}",
+        "give the path of a YAML file",
+    ),
+    "unreadable": (links, SECURITY, "cannot be read: Input/output error", "{recipe}", "check the file"),
+    "empty": (text(""), SCHEMA, "the file is empty", "{recipe}", "needs apiversion and spec"),
+    "only comments": (text("# nothing\n"), SCHEMA, "the file is empty", "{recipe}", "needs apiversion and spec"),
+    "binary": (
+        raw(b"\x7fELF\x02\x01\x01\x00\xff\xfe\x80"),
+        SCHEMA,
+        "not UTF-8",
+        "{recipe}:1",
+        "save the file as UTF-8",
+    ),
+    "latin-1": (raw(b"# caf\n\n# caf\xe9\n"), SCHEMA, "byte 0xe9", "{recipe}:3", "save the file as UTF-8"),
+    "control character": (edit("good", "go\x07od"), SCHEMA, "control character U+0007", "{recipe}:3", "remove it"),
+    "17 MiB": (text("# x\n" * (5 << 20)), SECURITY, "larger than 16 MiB", "{recipe}", "small text file"),
+    "a list": (text("- apiversion\n"), SCHEMA, "must hold a mapping", "{recipe}:1", "start with"),
+    "a sentence": (text("quantize it all"), SCHEMA, "must hold a mapping", "{recipe}:1", "start with"),
+    "open flow": (edit('["*"]', '["*"'), SCHEMA, "not valid YAML", "{recipe}:23", "expected ',' or ']'"),
+    "tab": (edit("  runner", "\trunner"), SCHEMA, "not valid YAML", "{recipe}:7", "indent with spaces"),
+    "two documents": (
+        edit("spec:", "---\nspec:"),
+        SCHEMA,
+        "a second document starts here",
+        "{recipe}:6",
+        "keep one recipe per file",
+    ),
+    "missing spec": (cut("spec:"), SCHEMA, "spec is missing", "{recipe}", "add `spec:`"),
+    "empty spec": (cut("  runner:"), SCHEMA, "spec is empty", "{recipe}:6", "add `spec:`"),
+    "spec is a word": (
+        text("apiversion: modelslim_v1\nspec: w8a8\n"),
+        SCHEMA,
+        "got 'w8a8'; must be a mapping",
+        "{recipe}:2: spec",
+        "indent its fields",
+    ),
+    "missing apiversion": (
+        edit("apiversion: modelslim_v1\n", ""),
+        SCHEMA,
+        "apiversion is missing",
+        "{recipe}",
+        "add `apiversion: modelslim_v1`",
+    ),
+    "apiversion is a number": (
+        edit("modelslim_v1", "1"),
+        SCHEMA,
+        "got 1",
+        "{recipe}:1: apiversion",
+        "must be a string",
+    ),
+    "duplicate key": (
+        edit("  runner: layer_wise", "  runner: auto\n  runner: layer_wise"),
+        SCHEMA,
+        "duplicate key 'runner', first on line 7",
+        "{recipe}:8:3",
+        "remove one of the two",
+    ),
+    "key is a number": (
+        edit("  score: 50", "  50: score"),
+        SCHEMA,
+        "a key must be a string",
+        "{recipe}:4",
+        'write "50"',
+    ),
+    "python tag": (
+        edit("score: 50", "score: !!python/object/apply:os.system [echo]"),
+        SCHEMA,
+        "python/object/apply:os.system is not allowed",
+        "{recipe}:4",
+        "plain values only",
+    ),
+    "unknown anchor": (edit("score: 50", "score: *nobody"), SCHEMA, "undefined alias 'nobody'", "{recipe}:4", "alias"),
+    "alias bomb": (
+        lambda w: w.recipe.write_text(BOMB + w.recipe.read_text()),
+        SCHEMA,
+        "more than 100000 values once the aliases are expanded",
+        "{recipe}:",
+        "fewer aliases",
+    ),
+    "alias of itself": (
+        edit("label: {w_bit: 8, a_bit: 8}", "label: &l {w_bit: 8, deeper: *l}"),
+        SCHEMA,
+        "an alias refers to the value that contains it",
+        "{recipe}:5",
+        "remove the circular alias",
+    ),
+    "merge of a list": (
+        edit("  score: 50", "  <<: [1, 2]"),
+        SCHEMA,
+        "can only merge mappings",
+        "{recipe}:4",
+        "point it at an anchor",
+    ),
+    "too deep": (text("spec: " + "[" * 200), SCHEMA, "nested deeper than 100 levels", "{recipe}:1", "correct the line"),
+}
+
+TABLES = {"misspelt": MISSPELT, "value": VALUES, "unavailable": UNAVAILABLE, "file": FILES}
+ROWS = [pytest.param(*row, id=f"{table}: {name}") for table, rows in TABLES.items() for name, row in rows.items()]
+
+
+@pytest.mark.parametrize(("fault", "kind", "what", "where", "remedy"), ROWS)
+def test_broken_recipe(workplace, refused, fault: Callable[..., object], kind, what, where, remedy) -> None:
+    fault(workplace)
+    refused(kind, what, where, remedy)
