@@ -15,13 +15,12 @@ import pytest
 
 from slim_core import progress
 from slim_core.logging import error_console
+from slim_core.memory import peak_memory, resident_memory
 from slim_core.progress import (
     PlainProgress,
     Progress,
     RichProgress,
     SilentProgress,
-    peak_memory,
-    resident_memory,
     show_progress,
 )
 
@@ -163,7 +162,7 @@ def test_memory_figures() -> None:
 
 def test_the_peak_is_that_of_this_process_alone() -> None:
     """``ru_maxrss`` of a fresh process starts with the memory of the one that forked it."""
-    code = "from slim_core.progress import peak_memory, resident_memory; print(peak_memory(), resident_memory())"
+    code = "from slim_core.memory import peak_memory, resident_memory; print(peak_memory(), resident_memory())"
     room = 400 << 20
     data = bytearray(room)
     data[::4096] = b"x" * (room // 4096)

@@ -3,49 +3,22 @@
 from __future__ import annotations
 
 import math
-import resource
-import sys
 import time
 from collections.abc import Mapping
 from typing import Protocol
 
 from slim_core.logging import error_console, get_logger, on_terminal
+from slim_core.memory import resident_memory
 
 __all__ = [
     "PlainProgress",
     "Progress",
     "RichProgress",
     "SilentProgress",
-    "peak_memory",
-    "resident_memory",
     "show_progress",
 ]
 
 _logger = get_logger(__name__)
-
-
-def resident_memory() -> int:
-    """Bytes of this process that are in memory now."""
-    try:
-        with open("/proc/self/statm", encoding="ascii") as stream:
-            return int(stream.read().split()[1]) * resource.getpagesize()
-    except OSError:
-        return peak_memory()
-
-
-def peak_memory() -> int:
-    """The most bytes of this process that were ever in memory at once.
-
-    From ``VmHWM``: ``ru_maxrss`` would also count the process that started this one.
-    """
-    try:
-        with open("/proc/self/status", encoding="ascii") as stream:
-            for line in stream:
-                if line.startswith("VmHWM:"):
-                    return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 class Progress(Protocol):

@@ -22,7 +22,7 @@ from slim_core.checkpoint import reader
 from slim_core.checkpoint.reader import Checkpoint
 from slim_core.checkpoint.source import LazyTensor, TensorMeta
 from slim_core.errors import InvalidModelError, UnexpectedError
-from slim_core.progress import resident_memory
+from slim_core.memory import resident_memory
 
 TENSORS = {
     "a": torch.randn(5, 3),

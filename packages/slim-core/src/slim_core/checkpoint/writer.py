@@ -26,7 +26,7 @@ __all__ = ["Shard", "ShardedWriter", "lay_out"]
 
 FILE_MODE = 0o600
 _THREADS = 2
-_QUEUE_BYTES = 16 << 20
+_QUEUE_BYTES = 8 << 20
 _COPY_CHUNK = 64 << 20
 _CARRY_CHUNK = 1 << 20
 

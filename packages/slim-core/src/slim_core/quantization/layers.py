@@ -73,7 +73,7 @@ class W8A8Static:
     ) -> W8A8Static:
         """Derive the integer parameters from codes ``(out, in)``, their scales ``(out,)`` and the input's range."""
         deq_scale = input_scale * weight_scale
-        row_sum = weight.sum(dim=1, dtype=torch.int64).double()
+        row_sum = _row_sums(weight).double()
         folded = -input_offset.double() * row_sum
         if bias is not None:
             folded = folded + bias.double() / deq_scale.double()
@@ -140,6 +140,15 @@ class W8A16:
 
     def dequantized(self) -> Tensor:
         return dequantize(self.weight, self.weight_scale, self.weight_offset)
+
+
+def _row_sums(codes: Tensor) -> Tensor:
+    """int64 sums over the rows of int8 codes, a few rows at a time: the sum widens its whole input first."""
+    step = max(1, (1 << 20) // max(codes.shape[1], 1))
+    sums = torch.empty(codes.shape[0], dtype=torch.int64, device=codes.device)
+    for start in range(0, codes.shape[0], step):
+        sums[start : start + step] = codes[start : start + step].sum(dim=1, dtype=torch.int64)
+    return sums
 
 
 class SimulatedLinear(nn.Module):

@@ -17,7 +17,7 @@ from slim_core.savers.loaders import mixed_fusions, unloadable
 
 __all__ = ["Plan", "PlannedLinear", "PlannedUnit", "make_plan"]
 
-_WRITER_QUEUE = 16 << 20
+_WRITER_QUEUE = 8 << 20
 # What the first forward of a block loads (kernels, thread stacks), measured with the CPU build of torch 2.13.
 _COMPUTE_LIBRARIES = 130 << 20
 

@@ -19,9 +19,10 @@ from slim_core.checkpoint.staging import JOURNAL, Staging
 from slim_core.checkpoint.writer import ShardedWriter
 from slim_core.errors import VerificationError
 from slim_core.logging import get_logger
+from slim_core.memory import give_back_freed_memory, peak_memory, resident_memory
 from slim_core.model.units import StreamedModel, Unit
 from slim_core.processors.base import LinearWork, UnitWork
-from slim_core.progress import Progress, peak_memory, resident_memory
+from slim_core.progress import Progress
 from slim_core.quantization.layers import QuantizedLinear
 from slim_core.quantization.statistics import InputObserver, TensorRange
 from slim_core.runners.calibration import BlockForwards, simulated
@@ -213,6 +214,7 @@ def _work_through(bench: _Bench, progress: Progress) -> None:
             bench.writer.after_writing(lambda name=unit.name, note=note: bench.staging.record(name, note))
         if not plan.runner.keeps_model:
             model.source.release(unit.tensors.values())
+        give_back_freed_memory()
         progress.done(unit.name)
 
 

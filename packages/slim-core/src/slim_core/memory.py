@@ -1,0 +1,47 @@
+"""How much memory this process has, and giving back what it no longer uses."""
+
+from __future__ import annotations
+
+import ctypes
+import resource
+import sys
+from functools import cache
+from typing import Any
+
+__all__ = ["give_back_freed_memory", "peak_memory", "resident_memory"]
+
+
+def resident_memory() -> int:
+    """Bytes of this process that are in memory now."""
+    try:
+        with open("/proc/self/statm", encoding="ascii") as stream:
+            return int(stream.read().split()[1]) * resource.getpagesize()
+    except OSError:
+        return peak_memory()
+
+
+def peak_memory() -> int:
+    """The most bytes of this process that were ever in memory at once.
+
+    From ``VmHWM``: ``ru_maxrss`` would also count the process that started this one.
+    """
+    try:
+        with open("/proc/self/status", encoding="ascii") as stream:
+            for line in stream:
+                if line.startswith("VmHWM:"):
+                    return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def give_back_freed_memory() -> None:
+    """Return freed heap pages to the system. The C library keeps them otherwise, and resident memory creeps up."""
+    if (trim := _malloc_trim()) is not None:
+        trim(0)
+
+
+@cache
+def _malloc_trim() -> Any:
+    """glibc's ``malloc_trim``; None where the C library has no such function."""
+    return getattr(ctypes.CDLL(None), "malloc_trim", None)
