@@ -44,13 +44,14 @@ def largest_unit(model: Path) -> float:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
+    parser.add_argument("--width", choices=("wide", "broad"), default="wide", help="units of 36 or 120 MiB")
     parser.add_argument("--large", action="store_true")
     arguments = parser.parse_args()
     arguments.folder.mkdir(parents=True, exist_ok=True)
     recipes = {"data-free": EXAMPLES / "w8a8-dynamic.yaml", "calibrated": calibrated_recipe(arguments.folder)}
     for title, recipe in recipes.items():
         peaks = []
-        for shape in ("wide-8", "wide-32"):
+        for shape in (f"{arguments.width}-8", f"{arguments.width}-32"):
             model = arguments.folder / shape
             if not model.exists():
                 write_checkpoint(shape, model)

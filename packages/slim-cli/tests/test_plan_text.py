@@ -7,7 +7,8 @@ from slim_core.quantization.kinds import LayerKind
 from slim_core.runners.choice import RunnerChoice
 from slim_core.runners.plan import Plan, PlannedLinear, PlannedUnit
 from slim_core.runners.plan_text import render_plan, render_summary
-from slim_core.savers.base import Output, Saver
+from slim_core.savers.ascendv1 import AscendV1Saver, AscendV1SaverConfig
+from slim_core.savers.base import Output
 
 
 def _linear(name: str, kind: LayerKind = LayerKind.W8A8, reason: str = "spec.process[0]") -> PlannedLinear:
@@ -19,7 +20,7 @@ def _plan(units: list[PlannedUnit], warnings: list[str] | None = None) -> Plan:
         runner=RunnerChoice("layer_wise", "because"),
         devices=Devices("cpu"),
         processors=[],
-        saver=Saver(None),
+        saver=AscendV1Saver(AscendV1SaverConfig()),
         units=units,
         assignments={},
         output=Output((), ()),

@@ -290,7 +290,7 @@ def test_nothing_is_noted_after_a_failed_write(tmp_path: Path, monkeypatch: pyte
 
 
 def test_a_producer_that_waits_for_room_is_woken_by_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_QUEUE_BYTES", 64)
+    monkeypatch.setattr(module, "QUEUE_BYTES", 64)
     writer = ShardedWriter(tmp_path, SHARDS)
     gate = threading.Event()
     monkeypatch.setattr(os, "pwrite", lambda *args: gate.wait(30) and failing(errno.ENOSPC)())
@@ -377,7 +377,7 @@ def test_actions_come_after_what_was_queued_before_them(tmp_path: Path) -> None:
 
 
 def test_memory_of_the_queue_is_bounded_and_large_tensors_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_QUEUE_BYTES", 100)
+    monkeypatch.setattr(module, "QUEUE_BYTES", 100)
     tensors = {f"t{i}": torch.full((size,), i, dtype=torch.int8) for i, size in enumerate([40, 5000, 60, 60, 9000, 1])}
     writer = ShardedWriter(tmp_path, lay_out(metas(tensors), "w", 0))
     high: list[int] = []
@@ -391,7 +391,7 @@ def test_memory_of_the_queue_is_bounded_and_large_tensors_pass(tmp_path: Path, m
 
 
 def test_several_threads_may_hand_over_tensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_QUEUE_BYTES", 50)
+    monkeypatch.setattr(module, "QUEUE_BYTES", 50)
     tensors = {f"t{i}": torch.full((1 + i % 70,), i % 100, dtype=torch.int8) for i in range(200)}
     writer = ShardedWriter(tmp_path, lay_out(metas(tensors), "w", 900))
     names = list(tensors)

@@ -23,7 +23,8 @@ from slim_core.quantization.kinds import LayerKind
 from slim_core.runners.choice import RunnerChoice
 from slim_core.runners.plan import Plan, PlannedLinear, PlannedUnit
 from slim_core.runners.run import LinearRecord, RunResult, UnitRecord
-from slim_core.savers.base import Output, PlannedTensor, Saver
+from slim_core.savers.ascendv1 import AscendV1Saver, AscendV1SaverConfig
+from slim_core.savers.base import Output, PlannedTensor
 
 LEAVES = {
     "self_attn.q_proj": LayerKind.W8A8,
@@ -84,7 +85,7 @@ def make_run(blocks: int = 4, leaves: dict[str, LayerKind] = LEAVES, warnings: t
         runner=RunnerChoice("layer_wise", "because of <this> & that"),
         devices=Devices("cpu"),
         processors=[create_processor(config, "process[0]")],
-        saver=Saver(None),
+        saver=AscendV1Saver(AscendV1SaverConfig()),
         units=units,
         assignments={r.name: Assignment(LayerKind(r.kind), POSITION, reason) for r in result.linears},
         output=output,

@@ -22,11 +22,11 @@ from slim_core.checkpoint.header import StoredTensor, build_header
 from slim_core.checkpoint.source import TensorMeta
 from slim_core.errors import EnvError, InvalidModelError, SlimError, UnexpectedError, UnsupportedError
 
-__all__ = ["Shard", "ShardedWriter", "lay_out"]
+__all__ = ["QUEUE_BYTES", "Shard", "ShardedWriter", "lay_out"]
 
 FILE_MODE = 0o600
 _THREADS = 2
-_QUEUE_BYTES = 8 << 20
+QUEUE_BYTES = 8 << 20
 _COPY_CHUNK = 64 << 20
 _CARRY_CHUNK = 1 << 20
 
@@ -103,7 +103,7 @@ class ShardedWriter:
                 raise self._disk_error(error) from error
             raise
         self._missing = set(self._places) - done
-        self._jobs = BackgroundJobs(_THREADS, _QUEUE_BYTES)
+        self._jobs = BackgroundJobs(_THREADS, QUEUE_BYTES)
 
     def _open(self, shard: Shard, resumed: bool) -> None:
         path = self._folder / shard.file_name

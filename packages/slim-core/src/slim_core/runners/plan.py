@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from slim_core.checkpoint.writer import QUEUE_BYTES
 from slim_core.devices import Devices
 from slim_core.errors import UnsupportedError
 from slim_core.model.units import LinearInfo, StreamedModel
@@ -17,7 +18,6 @@ from slim_core.savers.loaders import mixed_fusions, unloadable
 
 __all__ = ["Plan", "PlannedLinear", "PlannedUnit", "make_plan"]
 
-_WRITER_QUEUE = 8 << 20
 # What the first forward of a block loads (kernels, thread stacks), measured with the CPU build of torch 2.13.
 _COMPUTE_LIBRARIES = 130 << 20
 
@@ -210,7 +210,7 @@ def _peak(
         if linear.kind is not LayerKind.FLOAT
     ]
     largest_codes = max((codes for codes, _ in weights), default=0)
-    queue = min(_WRITER_QUEUE, sum(codes for codes, _ in weights))
+    queue = min(QUEUE_BYTES, sum(codes for codes, _ in weights))
     if not needs_data:
         return 2 * largest_codes + 2 * largest_codes + queue
     resident = sum(blocks) if runner.keeps_model else max(blocks, default=0)

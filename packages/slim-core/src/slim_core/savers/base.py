@@ -7,6 +7,7 @@ around them.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,7 +50,7 @@ class Output:
         return sum(shard.nbytes for shard in self.shards)
 
 
-class Saver:
+class Saver(ABC):
     """Base of the savers."""
 
     Config: ClassVar[type[SaverConfig]]
@@ -57,17 +58,17 @@ class Saver:
     def __init__(self, config: Any) -> None:
         self.config = config
 
+    @abstractmethod
     def declare(self, model: StreamedModel, assignments: Mapping[str, Assignment]) -> Output:
         """Lay out everything that will be written."""
-        raise NotImplementedError
 
+    @abstractmethod
     def parameters(self, info: LinearInfo, layer: QuantizedLinear) -> Mapping[str, Any]:
         """The tensors that a finished layer becomes, by their full name."""
-        raise NotImplementedError
 
+    @abstractmethod
     def complete(self, folder: Path, model: StreamedModel, output: Output) -> None:
         """Write the files beside the weights."""
-        raise NotImplementedError
 
     def write_layer(self, writer: ShardedWriter, info: LinearInfo, layer: QuantizedLinear) -> None:
         """Hand the tensors of a finished layer to the writer."""
