@@ -84,8 +84,9 @@ print(json.dumps({"seconds": seconds}))
 def floor(code: str, model: Path, out: Path, sync: bool) -> float:
     """Seconds that a floor takes, without its start-up."""
     scratch = Path(tempfile.mkdtemp(dir=out))
-    told, _ = run_python(code, str(model), str(scratch), str(sync))
+    told, cost = run_python(code, str(model), str(scratch), str(sync))
     shutil.rmtree(scratch)
+    print(f"a floor took {cost.cpu:.1f} CPU seconds as a whole process", flush=True)
     return told["seconds"]
 
 
