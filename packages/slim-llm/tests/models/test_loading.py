@@ -133,3 +133,16 @@ def test_tokenizer(model_folder: ModelFolder, tmp_path: Path) -> None:
     with pytest.raises(InvalidModelError, match="the tokenizer cannot be loaded") as caught:
         open_tokenizer(tmp_path)
     assert caught.value.remedy == "copy the tokenizer files into the model folder"
+
+
+def test_names_that_transformers_changes_while_loading_are_found_in_the_checkpoint(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, GPTNeoXConfig
+
+    config = GPTNeoXConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
+    model = open_model(tmp_path / "model")
+    assert "embed_out.weight" in model.source
+    assert "embed_out.weight" in model.tensors_of(model.outside)
+    assert sorted(name for unit in model.units for name in unit.tensors) == sorted(model.source)

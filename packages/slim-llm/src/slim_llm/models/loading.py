@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -119,7 +119,26 @@ def open_model(folder: Path, *, trust_remote_code: bool = False) -> StreamedMode
         source = Fp8BlockSource(source, block)
     module = open_skeleton(folder, config, trust_remote_code=trust_remote_code, default_dtype=_main_dtype(source))
     adapter = find_adapter(str(config.get("model_type")))
-    return StreamedModel(module, source, folder, config, adapter.blocks, adapter.tensor_name)
+    renamed = _renamed(module, source)
+    return StreamedModel(
+        module, source, folder, config, adapter.blocks, lambda name: renamed.get(name) or adapter.tensor_name(name)
+    )
+
+
+def _renamed(module: torch.nn.Module, source: TensorSource) -> dict[str, str]:
+    """Parameters that the checkpoint stores under a name which transformers changes while it loads a model."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming, rename_source_key
+
+    rules = [rule for rule in get_model_conversion_mapping(cast("Any", module)) if isinstance(rule, WeightRenaming)]
+    prefix: str = getattr(module, "base_model_prefix", "")
+    state = module.state_dict(keep_vars=True)
+    found: dict[str, str] = {}
+    for stored in source:
+        name, _ = rename_source_key(stored, rules, [], prefix, state)
+        if name != stored and name in state and name not in source:
+            found[name] = stored
+    return found
 
 
 def _main_dtype(source: TensorSource) -> torch.dtype | None:
