@@ -30,7 +30,7 @@ import slim_llm.quantize
 from transformers import AutoModelForCausalLM, Qwen3ForCausalLM
 from safetensors import safe_open
 from safetensors.torch import save_file
-from slim_core.quantization.minmax import minmax_per_channel
+from slim_core.quantization.methods.minmax import minmax_weight
 tied = json.loads((Path(sys.argv[1]) / "config.json").read_text())["tie_word_embeddings"]
 model, folder, sync = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3] == "True"
 """
@@ -74,7 +74,7 @@ for file in sorted(model.glob("*.safetensors")):
             if ".layers." in name and name.endswith("proj.weight"):
                 tensor = reader.get_tensor(name).clone()
                 began = time.perf_counter()
-                minmax_per_channel(InMemory(tensor), bits=8, symmetric=True, name=name)
+                minmax_weight(InMemory(tensor), bits=8, symmetric=True, name=name)
                 seconds += time.perf_counter() - began
 print(json.dumps({"seconds": seconds}))
 """

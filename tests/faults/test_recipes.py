@@ -323,12 +323,12 @@ UNAVAILABLE = {
         f"{{recipe}}:9: {PROCESS}",
         "nearest legal pair",
     ),
-    "a method to come": (
-        edit("method: minmax\n      include", "method: ssz\n      include"),
+    "a method of another scheme": (
+        edit("method: minmax\n      include", "method: ceil_x\n      include"),
         SCHEMA,
-        "method 'ssz' is not available",
+        "method 'ceil_x' is not available",
         f"{{recipe}}:9: {PROCESS}",
-        "use 'minmax'",
+        "use 'minmax' or 'ssz'",
     ),
     "a processor to come": (
         edit("type: linear_quant", "type: iter_smooth"),

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from slim_core.processors.base import LinearRule, Processor, UnitWork
 from slim_core.quantization.affine import EPSILON, dequantize, quantize
-from slim_core.quantization.kinds import LayerKind
-from slim_core.quantization.layers import W8A8Dynamic
+from slim_core.quantization.kinds import LayerForm, LayerKind
+from slim_core.quantization.layers import DynamicInt
 from slim_core.recipe import Exclude, Include, NameFilter, ProcessorConfig
 
 __all__ = ["MseQuant", "MseQuantConfig", "best_scale"]
@@ -49,7 +49,7 @@ class MseQuant(Processor):
 
     def rules(self) -> list[LinearRule]:
         names = NameFilter(self.config.include, self.config.exclude)
-        return [LinearRule(self.position, names, LayerKind.W8A8_DYNAMIC)]
+        return [LinearRule(self.position, names, LayerForm(LayerKind.W8A8_DYNAMIC))]
 
     def process(self, work: UnitWork) -> None:
         for linear in work.owned_by(self.position):
@@ -57,4 +57,5 @@ class MseQuant(Processor):
             scale, error = best_scale(weight, self.config.steps)
             codes = quantize(weight, scale, torch.zeros_like(scale), bits=8)
             decibels = float(10 * torch.log10(weight.square().sum() / error.sum()))
-            work.finish(linear, W8A8Dynamic(codes.cpu(), scale.cpu(), linear.bias), decibels)
+            layer = DynamicInt(codes.cpu(), scale.cpu(), torch.zeros_like(scale, device="cpu"), linear.bias)
+            work.finish(linear, layer, decibels)

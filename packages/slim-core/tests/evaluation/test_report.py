@@ -19,7 +19,7 @@ from slim_core.evaluation.report import write_report
 from slim_core.processors.base import Assignment, create_processor
 from slim_core.processors.group import GroupConfig
 from slim_core.processors.linear_quant import LinearQuantConfig
-from slim_core.quantization.kinds import LayerKind
+from slim_core.quantization.kinds import LayerForm, LayerKind
 from slim_core.runners.choice import RunnerChoice
 from slim_core.runners.plan import Plan, PlannedLinear, PlannedUnit
 from slim_core.runners.run import LinearRecord, RunResult, UnitRecord
@@ -87,9 +87,11 @@ def make_run(blocks: int = 4, leaves: dict[str, LayerKind] = LEAVES, warnings: t
         processors=[create_processor(config, "process[0]")],
         saver=AscendV1Saver(AscendV1SaverConfig()),
         units=units,
-        assignments={r.name: Assignment(LayerKind(r.kind), POSITION, reason) for r in result.linears},
+        assignments={r.name: Assignment(LayerForm(LayerKind(r.kind)), POSITION, reason) for r in result.linears},
         output=output,
         warnings=[],
+        requests={},
+        streams=1,
         forwards=1,
         activation_bytes=0,
         peak_memory=60 << 20,

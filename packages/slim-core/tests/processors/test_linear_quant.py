@@ -13,8 +13,8 @@ from slim_core.errors import InvalidModelError, SpecError
 from slim_core.model.units import LinearInfo
 from slim_core.processors.base import Assignment, LinearWork, UnitWork, create_processor
 from slim_core.processors.linear_quant import LinearQuant, LinearQuantConfig
-from slim_core.quantization.layers import QuantizedLinear, W8A8Static
-from slim_core.quantization.statistics import TensorRange, observe_range
+from slim_core.quantization.layers import QuantizedLinear, StaticInt8
+from slim_core.quantization.statistics import InputStatistics, Need, TensorRange, observe_range
 from slim_core.recipe import recipe_from_dict
 
 
@@ -44,10 +44,15 @@ def finished(
     lazy = LazyTensor(Memory(matrix), TensorMeta("a.weight", matrix.dtype, tuple(matrix.shape)))  # pyright: ignore
     (rule,) = one.rules()
     info = LinearInfo("a", "a", 4, 3, has_bias=bias is not None, in_block=True)
-    work = LinearWork(info, lazy, bias, Assignment(rule.kind, "process[0]", ""))
+    work = LinearWork(info, lazy, bias, Assignment(rule.form, "process[0]", "", rule.needs))
     done: list[QuantizedLinear] = []
     unit = UnitWork(
-        "u", {"a": work}, {"a": seen}, dtype, torch.device("cpu"), lambda _w, layer, _db: done.append(layer)
+        "u",
+        {"a": work},
+        {"a": InputStatistics(range=seen)},
+        dtype,
+        torch.device("cpu"),
+        lambda _w, layer, _db: done.append(layer),
     )
     one.process(unit)
     return done[0]
@@ -62,7 +67,7 @@ RANGE = observe_range(torch.tensor([[-1.2, 3.0]]))
 
 def test_worked_range() -> None:
     layer = finished(static(), RANGE, dtype=None)
-    assert isinstance(layer, W8A8Static)
+    assert isinstance(layer, StaticInt8)
     assert float(layer.input_scale) == pytest.approx(4.2 / 255, rel=1e-6)
     assert float(layer.input_offset) == -55
 
@@ -71,7 +76,7 @@ def test_worked_range() -> None:
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_the_scale_fits_the_dtype_of_the_engine(dtype: torch.dtype, symmetric: bool) -> None:
     layer = finished(static(symmetric), RANGE, dtype=dtype)
-    assert isinstance(layer, W8A8Static)
+    assert isinstance(layer, StaticInt8)
     scale = np.float32(float(layer.input_scale))
     exact = 3 / 127 if symmetric else 4.2 / 255
     assert scale == pytest.approx(exact, rel=2**-8)
@@ -83,7 +88,7 @@ def test_the_scale_fits_the_dtype_of_the_engine(dtype: torch.dtype, symmetric: b
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16])
 def test_one_sided_ranges(low: float, high: float, offset: int, dtype: torch.dtype | None) -> None:
     layer = finished(static(), observe_range(torch.tensor([[low, high]])), dtype=dtype)
-    assert isinstance(layer, W8A8Static)
+    assert isinstance(layer, StaticInt8)
     rounded = dtype is not None and low < 0  # a scale rounded up leaves the last code unused
     assert abs(float(layer.input_offset) - offset) <= int(rounded)
     assert float(layer.input_scale) > 0
@@ -92,7 +97,7 @@ def test_one_sided_ranges(low: float, high: float, offset: int, dtype: torch.dty
 def test_mean_of_samples() -> None:
     seen = observe_range(torch.tensor([[[-1.0, 2.0]], [[-3.0, 4.0]]]))
     layer = finished(static(aggregation_type="mean"), seen, dtype=None)
-    assert isinstance(layer, W8A8Static)
+    assert isinstance(layer, StaticInt8)
     assert float(layer.input_scale) == pytest.approx(5 / 255)
 
 
@@ -112,7 +117,7 @@ def test_a_bias_that_does_not_fit_is_told(caplog: pytest.LogCaptureFixture) -> N
     finished(static(), RANGE, bias=bias)
     assert not caplog.records
     layer = finished(static(), zeros, bias=bias, weight=torch.full((3, 4), 1e-4))
-    assert isinstance(layer, W8A8Static)
+    assert isinstance(layer, StaticInt8)
     assert layer.quant_bias.tolist()[0] == 2**31 - 1
     assert "a: the bias of 2 channels does not fit into quant_bias" in caplog.text
 
@@ -127,6 +132,11 @@ def test_members_of_a_group_know_their_place() -> None:
     assert note.startswith("process[0].configs[1]: ")
     assert note.endswith("ext.step has no effect with method minmax and scope per_channel")
     first, second = made.rules()
-    assert made.observes("x.a", Assignment(first.kind, first.position, ""))
-    assert not made.observes("x.a", Assignment(second.kind, second.position, ""))
-    assert not made.observes("x.a", Assignment(first.kind, "process[10]", ""))
+    info = LinearInfo("x.a", "x.a", 4, 3, has_bias=False, in_block=True)
+
+    def wanted(position: str) -> Any:
+        return made.requests([info], {"x.a": Assignment(first.form, position, "", first.needs)})
+
+    assert wanted(first.position) == {"x.a": frozenset({Need.RANGE})}
+    assert wanted("process[10]") == {}
+    assert second.needs == frozenset()

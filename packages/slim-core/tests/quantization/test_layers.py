@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from slim_core.quantization.kinds import LayerKind
-from slim_core.quantization.layers import W8A16, SimulatedLinear, W8A8Dynamic, W8A8Static
+from slim_core.quantization.layers import DynamicInt, SimulatedLinear, StaticInt8, WeightOnlyInt
 from slim_core.savers.ascendv1 import encode_deq_scale
 from slim_core.savers.ascendv1_folder import decode_deq_scale
 
@@ -38,6 +38,10 @@ def bias_of(dtype: torch.dtype) -> Tensor:
     return torch.randn(OUT, generator=torch.Generator().manual_seed(3)).to(dtype)
 
 
+def dynamic(bias: Tensor | None = None) -> DynamicInt:
+    return DynamicInt(codes(), positive(OUT, 1), torch.zeros(OUT, 1), bias)
+
+
 def as_output(y: np.ndarray, x: Tensor) -> Tensor:
     return torch.from_numpy(y.astype(F32)).to(x.dtype).reshape(*x.shape[:-1], OUT)
 
@@ -46,7 +50,7 @@ def flat(x: Tensor) -> np.ndarray:
     return x.reshape(-1, x.shape[-1]).float().numpy()
 
 
-def naive_static(layer: W8A8Static, x: Tensor) -> Tensor:
+def naive_static(layer: StaticInt8, x: Tensor) -> Tensor:
     scale, offset = F32(float(layer.input_scale)), F32(float(layer.input_offset))
     rows = np.clip(np.round(flat(x) / scale + offset), -128, 127).astype(np.int64)
     total = np.zeros((len(rows), OUT), dtype=np.int64)
@@ -58,7 +62,7 @@ def naive_static(layer: W8A8Static, x: Tensor) -> Tensor:
     return as_output(total.astype(F32) * layer.deq_scale.numpy(), x)
 
 
-def naive_dynamic(layer: W8A8Dynamic, x: Tensor) -> Tensor:
+def naive_dynamic(layer: DynamicInt, x: Tensor) -> Tensor:
     rows = flat(x)
     y = np.zeros((len(rows), OUT), dtype=F32)
     weight = layer.weight.numpy().astype(np.int64)
@@ -76,7 +80,7 @@ def naive_dynamic(layer: W8A8Dynamic, x: Tensor) -> Tensor:
 @pytest.mark.parametrize("offset", [0, -128, 127, 13])
 @pytest.mark.parametrize("with_bias", [True, False])
 def test_static(dtype: torch.dtype, shape: tuple[int, ...], offset: int, with_bias: bool) -> None:
-    layer = W8A8Static.build(
+    layer = StaticInt8.build(
         codes(),
         positive(OUT),
         torch.tensor([0.02]),
@@ -95,7 +99,7 @@ def test_static(dtype: torch.dtype, shape: tuple[int, ...], offset: int, with_bi
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("with_bias", [True, False])
 def test_dynamic(dtype: torch.dtype, shape: tuple[int, ...], with_bias: bool) -> None:
-    layer = W8A8Dynamic(codes(), positive(OUT, 1), bias_of(dtype) if with_bias else None)
+    layer = dynamic(bias_of(dtype) if with_bias else None)
     x = activations(shape, dtype)
     y = layer.simulate(x)
     assert y.dtype == dtype
@@ -103,7 +107,7 @@ def test_dynamic(dtype: torch.dtype, shape: tuple[int, ...], with_bias: bool) ->
 
 
 def test_dynamic_with_a_token_of_zeros() -> None:
-    layer = W8A8Dynamic(codes(), positive(OUT, 1), bias_of(torch.float32))
+    layer = dynamic(bias_of(torch.float32))
     x = activations((2, IN), torch.float32)
     x[0] = 0
     assert torch.equal(layer.simulate(x)[0], bias_of(torch.float32))
@@ -115,7 +119,7 @@ def test_dynamic_with_a_token_of_zeros() -> None:
 def test_weight_only(dtype: torch.dtype, shape: tuple[int, ...], with_bias: bool) -> None:
     offset = torch.arange(-3.0, 4.0).reshape(OUT, 1)
     bias = bias_of(torch.float32) if with_bias else None
-    layer = W8A16(codes(), positive(OUT, 1), offset, bias)
+    layer = WeightOnlyInt(codes(), positive(OUT, 1), offset, bias)
     x = activations(shape, dtype)
     weight = (codes().numpy().astype(F32) - offset.numpy()) * positive(OUT, 1).numpy()
     assert np.array_equal(layer.dequantized().numpy(), weight)
@@ -127,18 +131,18 @@ def test_weight_only(dtype: torch.dtype, shape: tuple[int, ...], with_bias: bool
 
 def test_kinds_and_dequantized_weights() -> None:
     scale = positive(OUT, 1)
-    static = W8A8Static.build(codes(), scale.flatten(), torch.tensor([0.25]), torch.tensor([3.0]), None)
-    dynamic = W8A8Dynamic(codes(), scale)
-    assert (static.kind, dynamic.kind) == (LayerKind.W8A8, LayerKind.W8A8_DYNAMIC)
-    assert W8A16(codes(), scale, torch.zeros_like(scale)).kind is LayerKind.W8A16
-    assert torch.equal(dynamic.dequantized(), codes().float() * scale)
-    assert torch.equal(static.dequantized(), dynamic.dequantized())  # 0.25 is a power of two: nothing is rounded
+    static = StaticInt8.build(codes(), scale.flatten(), torch.tensor([0.25]), torch.tensor([3.0]), None)
+    layer = dynamic()
+    assert (static.kind, layer.kind) == (LayerKind.W8A8, LayerKind.W8A8_DYNAMIC)
+    assert WeightOnlyInt(codes(), scale, torch.zeros_like(scale)).kind is LayerKind.W8A16
+    assert torch.equal(layer.dequantized(), codes().float() * scale)
+    assert torch.equal(static.dequantized(), layer.dequantized())  # 0.25 is a power of two: nothing is rounded
     with pytest.raises(FrozenInstanceError):
         static.bias = None  # pyright: ignore
 
 
 def test_simulated_linear_stands_in_for_the_float_one() -> None:
-    layer = W8A8Dynamic(codes(), positive(OUT, 1))
+    layer = dynamic()
     x = activations((3, IN), torch.float32)
     assert torch.equal(SimulatedLinear(layer)(x), layer.simulate(x))
 
@@ -149,7 +153,7 @@ def test_simulated_linear_stands_in_for_the_float_one() -> None:
     st.lists(st.floats(-1e4, 1e4, width=32), min_size=OUT, max_size=OUT),
 )
 def test_quant_bias_is_rounded_once(offset: int, input_scale: float, bias: list[float]) -> None:
-    layer = W8A8Static.build(
+    layer = StaticInt8.build(
         codes(), positive(OUT), torch.tensor([input_scale]), torch.tensor([float(offset)]), torch.tensor(bias)
     )
     deq = np.float32(input_scale) * positive(OUT).numpy()
@@ -166,8 +170,8 @@ class TestWorkedNumbers:
 
     WEIGHT = torch.tensor([[10, -20, 30], [-5, 0, 127]], dtype=torch.int8)
 
-    def layer(self) -> W8A8Static:
-        return W8A8Static.build(
+    def layer(self) -> StaticInt8:
+        return StaticInt8.build(
             self.WEIGHT,
             torch.tensor([0.004, 0.005]),
             torch.tensor([0.02]),

@@ -15,9 +15,10 @@ from torch import Tensor
 from slim_core.checkpoint.reader import Checkpoint
 from slim_core.checkpoint.source import LazyTensor
 from slim_core.errors import InvalidModelError
-from slim_core.quantization import minmax
 from slim_core.quantization.affine import EPSILON
-from slim_core.quantization.minmax import QuantizedWeight, decibels, magnitudes, minmax_per_channel
+from slim_core.quantization.methods import minmax
+from slim_core.quantization.methods.minmax import decibels, magnitudes, minmax_weight
+from slim_core.quantization.weights import QuantizedWeight
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -40,7 +41,7 @@ class Rows:
 
 
 def quantized(matrix: Tensor, *, bits: int = 8, symmetric: bool = True) -> QuantizedWeight:
-    return minmax_per_channel(Rows(matrix), bits=bits, symmetric=symmetric, name="w.weight")
+    return minmax_weight(Rows(matrix), bits=bits, symmetric=symmetric, name="w.weight")
 
 
 def naive(matrix: Tensor, bits: int, symmetric: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -113,7 +114,7 @@ def test_a_mapped_file_is_only_read(tmp_path: Path, dtype: torch.dtype, symmetri
     save_file({"w.weight": matrix}, tmp_path / "model.safetensors")
     source = Checkpoint(tmp_path)
     lazy = LazyTensor(source, source.meta("w.weight"))
-    found = minmax_per_channel(lazy, bits=8, symmetric=symmetric, name="w.weight")
+    found = minmax_weight(lazy, bits=8, symmetric=symmetric, name="w.weight")
     assert torch.equal(found.codes, quantized(matrix, symmetric=symmetric).codes)
     assert torch.equal(source.load("w.weight"), matrix)
 
@@ -183,7 +184,7 @@ def test_block_size_and_threads_change_nothing(symmetric: bool, monkeypatch: pyt
             for threads in (1, 4):
                 torch.set_num_threads(threads)
                 source = Rows(matrix)
-                found = minmax_per_channel(source, bits=8, symmetric=symmetric, name="w")
+                found = minmax_weight(source, bits=8, symmetric=symmetric, name="w")
                 assert torch.get_num_threads() == threads
                 assert torch.equal(found.codes, whole.codes)
                 assert torch.equal(found.scale, whole.scale)

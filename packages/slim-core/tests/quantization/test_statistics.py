@@ -111,18 +111,19 @@ def test_observer_sees_inputs_however_they_are_passed(monkeypatch: pytest.Monkey
         calls.append(x)
         return observe_range(x)
 
-    monkeypatch.setattr("slim_core.quantization.statistics.observe_range", counted)
+    monkeypatch.setattr("slim_core.quantization.statistics.inputs.observe_range", counted)
     for name in ("q", "k", "down"):
         observer.watch(name, block.get_submodule(name))
     inputs = [torch.randn(1, 3, 4), torch.randn(1, 5, 4)]
     for x in inputs:
         block(x)
     assert len(calls) == 4  # q and k share their input
-    assert observer.ranges["q"] == observer.ranges["k"] == merged([observe_range(x) for x in inputs])
-    assert observer.ranges["down"].tokens == 8
+    assert observer.statistics["q"] is observer.statistics["k"]
+    assert observer.statistics["q"].range == merged([observe_range(x) for x in inputs])
+    assert observer.statistics["down"].tokens == 8
     observer.stop()
     block(torch.full((1, 1, 4), 1e6))
-    assert observer.ranges["q"].maximum < 1e6
+    assert observer.statistics["q"].range.maximum < 1e6
 
 
 def test_observer_tells_apart_tensors_that_follow_each_other() -> None:
@@ -130,5 +131,5 @@ def test_observer_tells_apart_tensors_that_follow_each_other() -> None:
     observer.watch("x", linear)
     for value in range(50):
         linear(torch.full((1, 1, 1), float(value)))  # may reuse the memory of the one before
-    assert observer.ranges["x"].maximum == 49
-    assert observer.ranges["x"].samples == 50
+    assert observer.statistics["x"].range.maximum == 49
+    assert observer.statistics["x"].range.samples == 50

@@ -16,8 +16,8 @@ from slim_core.errors import InvalidModelError, SchemaValidateError, Unsupported
 from slim_core.model.skeleton import parameters_on_meta
 from slim_core.model.units import LinearInfo, StreamedModel
 from slim_core.processors.base import Assignment
-from slim_core.quantization.kinds import LayerKind
-from slim_core.quantization.layers import W8A16, W8A8Dynamic, W8A8Static
+from slim_core.quantization.kinds import LayerForm, LayerKind
+from slim_core.quantization.layers import DynamicInt, StaticInt8, WeightOnlyInt
 from slim_core.recipe import recipe_from_dict
 from slim_core.savers.ascendv1 import AscendV1Saver, AscendV1SaverConfig, deq_scale_dtype, describe
 from slim_core.savers.ascendv1_folder import AscendV1Folder
@@ -44,7 +44,7 @@ def declared(
     model: StreamedModel, kind: LayerKind, part: int = 4
 ) -> dict[str, tuple[torch.dtype, tuple[int, ...], str]]:
     saver = AscendV1Saver(AscendV1SaverConfig(part_file_size=part))
-    output = saver.declare(model, {"m.0": Assignment(kind, "process[0]", "")})
+    output = saver.declare(model, {"m.0": Assignment(LayerForm(kind), "process[0]", "")})
     return {tensor.meta.name: (tensor.meta.dtype, tensor.meta.shape, tensor.kind) for tensor in output.tensors}
 
 
@@ -84,16 +84,18 @@ def test_a_name_that_the_checkpoint_has_taken(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "layer",
     [
-        W8A8Static.build(
+        StaticInt8.build(
             torch.ones(3, 4, dtype=torch.int8), torch.ones(3), torch.ones(1), torch.zeros(1), torch.ones(3).bfloat16()
         ),
-        W8A8Dynamic(torch.ones(3, 4, dtype=torch.int8), torch.ones(3, 1), torch.ones(3).bfloat16()),
-        W8A16(torch.ones(3, 4, dtype=torch.int8), torch.ones(3, 1), torch.ones(3, 1), torch.ones(3).bfloat16()),
+        DynamicInt(torch.ones(3, 4, dtype=torch.int8), torch.ones(3, 1), torch.zeros(3, 1), torch.ones(3).bfloat16()),
+        WeightOnlyInt(torch.ones(3, 4, dtype=torch.int8), torch.ones(3, 1), torch.ones(3, 1), torch.ones(3).bfloat16()),
     ],
 )
-def test_parameters_are_those_that_were_declared(tmp_path: Path, layer: W8A8Static | W8A8Dynamic | W8A16) -> None:
+def test_parameters_are_those_that_were_declared(
+    tmp_path: Path, layer: StaticInt8 | DynamicInt | WeightOnlyInt
+) -> None:
     saver = AscendV1Saver(AscendV1SaverConfig())
-    output = saver.declare(streamed(tmp_path, "float16"), {"m.0": Assignment(layer.kind, "", "")})
+    output = saver.declare(streamed(tmp_path, "float16"), {"m.0": Assignment(LayerForm(layer.kind), "", "")})
     info = LinearInfo("m.0", "m.0", 4, 3, has_bias=True, in_block=True)
     found = {name: (t.dtype, tuple(t.shape)) for name, t in saver.parameters(info, layer).items()}
     assert found == {tensor.meta.name: (tensor.meta.dtype, tensor.meta.shape) for tensor in output.tensors}
@@ -166,7 +168,7 @@ def test_reading_layers(tmp_path: Path) -> None:
     assert set(folder.types) == {"a.weight", "a.weight_scale", "b.weight", "c.weight"}
     assert list(folder.layers()) == [("a", "W8A8_DYNAMIC"), ("c", "W1A1")]
     layer = folder.layer("a")
-    assert isinstance(layer, W8A8Dynamic)
+    assert isinstance(layer, DynamicInt)
     assert torch.equal(layer.weight, codes)
     assert layer.bias is None
     assert folder.layer("b") is folder.layer("nowhere") is None

@@ -137,7 +137,7 @@ def _check_values(
     parts = {f"{module.prefix}.{suffix}" for module in quantized for suffix in module.parts}
     checked = untouched = different = 0
     for name in stored:
-        if (module := layers.get(name)) is not None:
+        if (module := layers.get(name)) is not None and module.kind in ("W8A8", "W8A8_DYNAMIC", "W8A16"):
             check_quantized(module, stored, contents, findings, bounds)
             checked += len(module.parts)
         elif name not in parts and contents.types.get(name) == FLOAT:

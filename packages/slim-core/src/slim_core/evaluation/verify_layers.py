@@ -12,18 +12,17 @@ import torch
 import yaml
 
 from slim_core.evaluation.verify_findings import CACHE, FLOAT, Contents, Findings, Module, form
-from slim_core.model.units import LinearInfo
 from slim_core.quantization.kinds import LayerKind
-from slim_core.savers.ascendv1 import PARAMETERS
+from slim_core.savers.ascendv1 import FP8_ENGINE_LABEL
+from slim_core.savers.ascendv1_layout import FLOAT_BIAS, Part, form_of, layout
 from slim_core.savers.loaders import engines, is_loadable, layer_class
 
-__all__ = ["Loadable", "check_fusions", "check_modules", "loadable_layers"]
+__all__ = ["Loadable", "check_fusions", "check_modules", "layer_kind_of", "loadable_layers"]
+
+_KINDS = frozenset(str(kind) for kind in LayerKind if kind is not LayerKind.FLOAT)
 
 # Types of the format whose tensors are not checked one by one here.
-_UNCHECKED = re.compile(
-    r"FAQuant|W16A16S|W8A8_MIX|W8A8SC?|W4A8_DYNAMIC|W4A4_DYNAMIC|W8A8FP8_DYNAMIC|WFP8AFP8_DYNAMIC|W8A8_MXFP8|W4A8_MXFP"
-    r"|W4A4_MXFP4|W4A4_MXFP4_DUALSCALE|\w+_(FLATQUANT|SVD)(_DYNAMIC)?"
-)
+_UNCHECKED = re.compile(r"FAQuant|W8A8SC|\w+_(FLATQUANT|SVD)(_DYNAMIC)?")
 _QUANTIZATION_PARTS = frozenset(
     {"weight_scale", "weight_offset", "quant_bias", "input_scale", "input_offset", "deq_scale", "scale_bias"}
     | {"weight_dual_scale", "weight_scale_second", "weight_offset_second", "clip_ratio"}
@@ -62,8 +61,8 @@ def check_modules(contents: Contents, findings: Findings) -> list[Module]:
         before = len(findings.problems)
         if module.kind == FLOAT:
             _check_float(module, contents, findings)
-        elif module.kind in PARAMETERS:
-            _check_quantized(module, LayerKind(module.kind), contents, findings)
+        elif (kind := layer_kind_of(module.kind)) is not None:
+            _check_quantized(module, kind, contents, findings)
             if len(findings.problems) == before:
                 complete.append(module)
         elif _UNCHECKED.fullmatch(module.kind):
@@ -87,36 +86,56 @@ def _check_float(module: Module, contents: Contents, findings: Findings) -> None
             findings.problem(name, f"is FLOAT but stored as {form(stored.dtype, stored.shape)}")
 
 
+def layer_kind_of(label: str) -> LayerKind | None:
+    """The kind of layer that a type of the description stands for; None if it is no type of layer."""
+    if label == FP8_ENGINE_LABEL:
+        return LayerKind.WFP8AFP8_DYNAMIC
+    return LayerKind(label) if label in _KINDS else None
+
+
 def _check_quantized(module: Module, kind: LayerKind, contents: Contents, findings: Findings) -> None:
-    expected = PARAMETERS[kind]
+    stored = {suffix: contents.placed.get(f"{module.prefix}.{suffix}") for suffix in module.parts}
+    shapes = {suffix: tensor.shape for suffix, tensor in stored.items() if tensor is not None}
+    found = form_of(kind, shapes)
+    if found is None:
+        weight = stored.get("weight")
+        if weight is not None:
+            findings.problem(weight.name, f"is {form(weight.dtype, weight.shape)}, expected a matrix")
+        elif "weight" not in module.parts:
+            findings.problem(f"{module.prefix}.weight", f"is missing; a {kind} layer has it")
+        return
+    layer, out, width = found
+    expected = layout(layer, module.prefix, out, width)
+    _check_names(module, kind, list(expected), findings)
+    if layer.group_size and width % layer.group_size:
+        findings.problem(f"{module.prefix}.weight_scale", f"has groups that do not divide the {width} columns")
+        return
+    if "deq_scale" in expected:
+        expected["deq_scale"] = Part(torch.float32 if contents.dtype == torch.bfloat16 else torch.int64, (out,))
+    if "bias" in module.parts:
+        expected["bias"] = Part(torch.float32 if kind in FLOAT_BIAS else None, (out,))
+    for suffix, part in expected.items():
+        tensor = stored.get(suffix)
+        if tensor is None:
+            continue
+        kept = tensor.dtype if tensor.dtype.is_floating_point else contents.dtype or torch.float32
+        want = part.dtype or kept, part.shape
+        if (tensor.dtype, tensor.shape) != want:
+            why = f" in a {form(contents.dtype)} model" if suffix == "deq_scale" and tensor.shape == part.shape else ""
+            findings.problem(tensor.name, f"is {form(tensor.dtype, tensor.shape)}, expected {form(*want)}{why}")
+
+
+def _check_names(module: Module, kind: LayerKind, expected: list[str], findings: Findings) -> None:
     for suffix in expected:
         if suffix not in module.parts:
             findings.problem(f"{module.prefix}.{suffix}", f"is missing; a {kind} layer has it")
     for suffix, label in module.parts.items():
         name = f"{module.prefix}.{suffix}"
-        want = FLOAT if suffix == "bias" else str(kind)
+        want = FLOAT if suffix == "bias" and kind in FLOAT_BIAS else module.kind
         if suffix != "bias" and suffix not in expected:
             findings.problem(name, f"does not belong to a {kind} layer, which has {', '.join(expected)}")
         elif label != want:
             findings.problem(name, f"has the type {label}, expected {want} as part of a {kind} layer")
-    weight = contents.placed.get(f"{module.prefix}.weight")
-    if weight is None:
-        return
-    if len(weight.shape) != 2:
-        findings.problem(weight.name, f"is {form(weight.dtype, weight.shape)}, expected a matrix")
-        return
-    out, width = weight.shape
-    info = LinearInfo(module.prefix, module.prefix, width, out, "bias" in module.parts, in_block=True)
-    shapes = {suffix: (dtype, shape(info)) for suffix, (dtype, shape) in expected.items()}
-    if "deq_scale" in shapes:
-        shapes["deq_scale"] = (torch.float32 if contents.dtype == torch.bfloat16 else torch.int64, (out,))
-    if "bias" in module.parts:
-        shapes["bias"] = (torch.float32, (out,))
-    for suffix, (dtype, shape) in shapes.items():
-        stored = contents.placed.get(f"{module.prefix}.{suffix}")
-        if stored is not None and (stored.dtype, stored.shape) != (dtype, shape):
-            why = f" in a {form(contents.dtype)} model" if suffix == "deq_scale" and stored.shape == shape else ""
-            findings.problem(stored.name, f"is {form(stored.dtype, stored.shape)}, expected {form(dtype, shape)}{why}")
 
 
 @cache

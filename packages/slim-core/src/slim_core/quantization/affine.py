@@ -13,7 +13,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["EPSILON", "affine_parameters", "dequantize", "quantize", "quantize_per_token"]
+__all__ = ["EPSILON", "affine_parameters", "by_groups", "dequantize", "dequantize_groups", "quantize"]
+__all__ += ["quantize_groups", "quantize_per_token"]
 
 EPSILON = torch.finfo(torch.float32).eps
 
@@ -50,6 +51,25 @@ def quantize(x: Tensor, scale: Tensor, offset: Tensor, bits: int) -> Tensor:
 def dequantize(q: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
     """The float32 values that codes stand for."""
     return (q.float() - offset) * scale
+
+
+def by_groups(matrix: Tensor, groups: int) -> Tensor:
+    """A matrix ``(rows, columns)`` seen as ``(rows, groups, columns / groups)``: groups are runs of columns."""
+    return matrix.reshape(matrix.shape[0], groups, matrix.shape[1] // groups)
+
+
+def quantize_groups(matrix: Tensor, scale: Tensor, offset: Tensor, bits: int) -> Tensor:
+    """int8 codes of a matrix ``(out, in)`` whose scale and offset ``(out, groups)`` are shared by runs of columns."""
+    codes = quantize(by_groups(matrix, scale.shape[1]), scale.unsqueeze(2), offset.unsqueeze(2), bits)
+    return codes.reshape(matrix.shape)
+
+
+def dequantize_groups(codes: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
+    """The float32 values of codes ``(out, in)`` with scale and offset ``(out, groups)``."""
+    if scale.shape[1] == 1:
+        return dequantize(codes, scale, offset)
+    values = dequantize(by_groups(codes, scale.shape[1]), scale.unsqueeze(2), offset.unsqueeze(2))
+    return values.reshape(codes.shape)
 
 
 def quantize_per_token(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:

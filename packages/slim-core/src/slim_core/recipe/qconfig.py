@@ -23,8 +23,9 @@ METHODS: Mapping[str, frozenset[str]] = {
     "minmax": frozenset({"aggregation_type", "axes", "group_size"}),
     "histogram": frozenset({"bins", "metric", "percentile"}),
     "ssz": frozenset({"step", "group_size"}),
-    "gptq": frozenset({"percdamp", "block_size", "group_size"}),
+    "gptq": frozenset({"percdamp", "block_size", "group_size", "actorder"}),
     "autoround": frozenset({"group_size", "scale_dtype"}),
+    "sparse": frozenset({"fraction", "use_sigma", "sigma_factor"}),
     "mse_round": frozenset({"axes"}),
     "ceil_x": frozenset({"axes", "ceil_x_value"}) | _SEARCH,
     "fouroversix": frozenset({"axes"}),
@@ -49,12 +50,16 @@ class Ext(TypedDict, total=False):
         Literal["max", "mean"], Field(description="minmax: extremes over all batches, or mean of each batch's")
     ]
     step: Annotated[Integer, Field(gt=0, description="ssz: iterations")]
+    actorder: Annotated[Flag, Field(description="gptq: solve the columns with the largest inputs first. Default: true")]
     percdamp: Annotated[Number, Field(gt=0, description="gptq: damping as a share of the Hessian's mean diagonal")]
     block_size: Annotated[Integer, Field(gt=0, description="gptq: input columns solved at a time")]
     group_size: Annotated[Integer, Field(gt=0, description="per_group scope: input columns that share a scale")]
     scale_dtype: Annotated[
         Literal["float16", "float32", "bfloat16"], Field(description="autoround: precision of the scales")
     ]
+    fraction: Annotated[Number, Field(ge=0, le=1, description="sparse: share of weights kept at full width")]
+    use_sigma: Annotated[Flag, Field(description="sparse: keep what lies outside sigma_factor deviations instead")]
+    sigma_factor: Annotated[Number, Field(gt=0, description="sparse: standard deviations from the mean")]
     axes: Annotated[Integer | list[Integer], Field(description="MX formats: axis along which the blocks run")]
     dual_block_size: Annotated[Integer, Field(gt=0, description="dualscale: columns that share the outer scale")]
     ceil_x_value: Annotated[Number, Field(ge=6, le=12, description="ceil_x: where a block's maximum is mapped to")]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import fields, replace
+from dataclasses import fields, is_dataclass, replace
 from types import TracebackType
 from typing import Any
 
@@ -16,7 +16,7 @@ from slim_core.model.suspended import BlockCall, SuspendedForward
 from slim_core.model.units import StreamedModel
 from slim_core.quantization.layers import QuantizedLinear, SimulatedLinear
 
-__all__ = ["BlockForwards", "layer_to", "moved", "simulated"]
+__all__ = ["BlockForwards", "KeptBlock", "hidden_states", "layer_to", "moved", "simulated"]
 
 
 def moved(value: Any, device: torch.device) -> Any:
@@ -28,16 +28,21 @@ class BlockForwards:
     """The forward passes of all samples, advanced block by block.
 
     What lies outside the blocks stays on the host, as do activations between blocks; a block computes on ``device``.
+    With two streams every sample is carried twice, so that one stream can be handed exact outputs (stream 0) and the
+    other quantized ones (the last stream).
 
     Args:
         inputs: keyword arguments of the model for each sample.
     """
 
-    def __init__(self, model: StreamedModel, inputs: Sequence[Mapping[str, Any]], device: torch.device) -> None:
+    def __init__(
+        self, model: StreamedModel, inputs: Sequence[Mapping[str, Any]], device: torch.device, streams: int = 1
+    ) -> None:
         self._model = model
         self._device = device
-        self._samples = len(inputs)
-        self._forward = SuspendedForward(model.module, model.blocks, inputs)
+        self.samples = len(inputs)
+        self._streams = streams
+        self._forward = SuspendedForward(model.module, model.blocks, [*inputs] * streams)
         self._last: list[Any] = []
         self.count = 0
 
@@ -57,28 +62,46 @@ class BlockForwards:
         self._forward.start()
         self._model.source.release(self._model.tensors_of(self._model.outside))
 
-    def compute(self, call: BlockCall) -> Any:
-        """The output of a block for one call, back on the host."""
+    def compute(self, sample: int, stream: int = -1) -> Any:
+        """The output of the current block for a sample, on the device."""
         self.count += 1
-        if self._device.type == "cpu":
-            return self._forward.compute(call)
-        call = BlockCall(call.sample, call.block, moved(call.args, self._device), moved(call.kwargs, self._device))
-        return moved(self._forward.compute(call), torch.device("cpu"))
+        call = self._forward.call(self._index(sample, stream))
+        if self._device.type != "cpu":
+            call = BlockCall(call.sample, call.block, moved(call.args, self._device), moved(call.kwargs, self._device))
+        return self._forward.compute(call)
 
-    def run(self, *, hand_on: bool) -> None:
-        """Run the current block for every sample, and hand its outputs on to the next block if asked.
+    def _index(self, sample: int, stream: int) -> int:
+        return sample + self.samples * (stream % self._streams)
 
-        At the last block outputs are dropped: nothing after the blocks is ever calibrated.
+    def run(self, *, hand_on: bool, stream: int = -1, keep: bool = False) -> list[Any]:
+        """Run the current block for every sample of a stream, and hand its outputs on to the next block if asked.
+
+        Returns:
+            The outputs, back on the host; empty unless they are to be kept.
         """
-        last = len(self._model.blocks) - 1
-        for sample in range(self._samples):
-            output = self.compute(self._forward.call(sample))
-            if hand_on and self._forward.call(sample).block < last:
-                self._forward.resume(sample, output)
+        kept: list[Any] = []
+        for sample in range(self.samples):
+            output = moved(self.compute(sample, stream), torch.device("cpu"))
+            if keep:
+                kept.append(output)
+            if hand_on:
+                self._resume(sample, output, stream)
+        return kept
+
+    def hand_on(self, outputs: Sequence[Any], stream: int = -1) -> None:
+        """Hand outputs that were kept on to the next block."""
+        for sample, output in enumerate(outputs):
+            self._resume(sample, output, stream)
+
+    def _resume(self, sample: int, output: Any, stream: int) -> None:
+        """At the last block outputs are dropped: nothing after the blocks is ever calibrated."""
+        index = self._index(sample, stream)
+        if self._forward.call(index).block < len(self._model.blocks) - 1:
+            self._forward.resume(index, output)
 
     def run_to_end(self) -> None:
         """Run the last block for every sample and keep its outputs; :meth:`finish` runs what comes after."""
-        self._last = [self.compute(self._forward.call(sample)) for sample in range(self._samples)]
+        self._last = self.run(hand_on=False, keep=True)
 
     def finish(self, sample: int) -> Any:
         """The output of the whole model for one sample, after :meth:`run_to_end`."""
@@ -87,12 +110,43 @@ class BlockForwards:
         return output
 
 
+class KeptBlock:
+    """The block at work for processors that run it themselves: a :class:`~slim_core.processors.base.BlockRun`.
+
+    Args:
+        targets: outputs of the float block, on the host.
+    """
+
+    def __init__(self, model: StreamedModel, forwards: BlockForwards, targets: Sequence[Any], device: torch.device):
+        self._forwards = forwards
+        self._targets = targets
+        self._device = device
+        self.module = model.module
+        self.samples = forwards.samples
+
+    def run(self, sample: int) -> Tensor:
+        return hidden_states(self._forwards.compute(sample))
+
+    def target(self, sample: int) -> Tensor:
+        return hidden_states(self._targets[sample]).to(self._device)
+
+
+def hidden_states(output: Any) -> Tensor:
+    """The hidden states of a block's output, which is a tensor or a tuple that begins with them."""
+    return output if isinstance(output, Tensor) else output[0]
+
+
 def layer_to(layer: QuantizedLinear, device: torch.device) -> QuantizedLinear:
     """A quantized linear with its tensors on a device."""
-    if device.type == "cpu":
-        return layer
-    data: Any = layer
-    return replace(data, **moved({f.name: getattr(data, f.name) for f in fields(data)}, device))
+    return layer if device.type == "cpu" else _fields_to(layer, device)
+
+
+def _fields_to(data: Any, device: torch.device) -> Any:
+    if isinstance(data, Tensor):
+        return data.to(device)
+    if is_dataclass(data) and not isinstance(data, type):
+        return replace(data, **{f.name: _fields_to(getattr(data, f.name), device) for f in fields(data)})
+    return data
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from slim_core.errors import UnsupportedError
 from slim_core.model.units import LinearInfo, StreamedModel
 from slim_core.processors.base import Assignment, LinearRule, Processor, create_processor
 from slim_core.quantization.kinds import LayerKind
+from slim_core.quantization.statistics import Need
 from slim_core.recipe import NameFilter, SpecV1
 from slim_core.runners.choice import RunnerChoice, choose_runner, owned_bytes
 from slim_core.savers.base import Output, Saver, create_saver
@@ -50,7 +51,9 @@ class Plan:
     Args:
         assignments: the linears that will be quantized, by module name.
         output: every tensor of the output and the files it falls into.
-        forwards: forward passes of each block per calibration sample.
+        requests: what must be observed of the inputs of which linears.
+        streams: how often every sample is carried along: twice where exact and quantized outputs are both needed.
+        forwards: forward passes of each block per calibration sample, those of processors that run it aside.
         peak_memory: predicted bytes beyond what the process takes after its imports, activations included.
     """
 
@@ -62,6 +65,8 @@ class Plan:
     assignments: dict[str, Assignment]
     output: Output
     warnings: list[str]
+    requests: dict[str, frozenset[Need]]
+    streams: int
     forwards: int
     activation_bytes: int
     peak_memory: int
@@ -108,9 +113,13 @@ def make_plan(model: StreamedModel, spec: SpecV1, devices: Devices, *, activatio
     warnings += mixed_fusions(every) + unloadable(every)
     if not assignments:
         warnings.append("no linear is quantized by this recipe: the output will be a copy")
-    needs_data = any(p.observes(name, a) for name, a in assignments.items() for p in processors)
+    for processor in processors:
+        processor.check(linears, assignments)
+    requests = _requests(processors, linears, assignments)
+    runs_block = any(processor.runs_block for processor in processors)
+    needs_data = bool(requests) or runs_block
     runner = choose_runner(spec.runner, model, devices, needs_data=needs_data)
-    forwards = (2 if spec.propagate == "quantized" else 1) if needs_data else 0
+    streams, forwards = _passes(processors, spec, requests, needs_data)
     output = saver.declare(model, assignments)
     units = _units(model, assignments, rules, output)
     return Plan(
@@ -122,10 +131,36 @@ def make_plan(model: StreamedModel, spec: SpecV1, devices: Devices, *, activatio
         assignments=assignments,
         output=output,
         warnings=warnings,
+        requests=requests,
+        streams=streams,
         forwards=forwards,
-        activation_bytes=activation_bytes if needs_data else 0,
-        peak_memory=_peak(model, units, runner, needs_data, activation_bytes, quantized_copy=forwards == 2),
+        activation_bytes=activation_bytes * streams if needs_data else 0,
+        peak_memory=_peak(model, units, runner, needs_data, activation_bytes * streams, quantized_copy=forwards > 1),
     )
+
+
+def _requests(
+    processors: list[Processor], linears: list[LinearInfo], assignments: Mapping[str, Assignment]
+) -> dict[str, frozenset[Need]]:
+    wanted: dict[str, frozenset[Need]] = {}
+    for processor in processors:
+        for name, needs in processor.requests(linears, assignments).items():
+            if needs:
+                wanted[name] = wanted.get(name, frozenset()) | needs
+    return wanted
+
+
+def _passes(
+    processors: list[Processor], spec: SpecV1, requests: Mapping[str, frozenset[Need]], needs_data: bool
+) -> tuple[int, int]:
+    """How many streams of samples there are, and how often each block runs for a sample."""
+    if not needs_data:
+        return 1, 0
+    if spec.propagate == "float":
+        return 1, 1
+    if any(processor.wants_float_targets for processor in processors):
+        return 2, 3 if requests else 2
+    return 1, 2
 
 
 def _refuse_unsupported(spec: SpecV1) -> None:
@@ -143,7 +178,8 @@ def _assign(linears: list[LinearInfo], rules: list[LinearRule]) -> tuple[dict[st
     """The first rule that names a linear has it; later ones that name it too are worth a warning."""
     assignments: dict[str, Assignment] = {}
     twice: dict[tuple[str, str], list[str]] = {}
-    names = [linear.name for linear in linears if linear.in_block]
+    widths = {linear.name: linear.in_features for linear in linears if linear.in_block}
+    names = list(widths)
     for rule in rules:
         for name in names:
             if not rule.filter.matches(name):
@@ -151,7 +187,8 @@ def _assign(linears: list[LinearInfo], rules: list[LinearRule]) -> tuple[dict[st
             if owner := assignments.get(name):
                 twice.setdefault((rule.position, owner.position), []).append(name)
             else:
-                assignments[name] = Assignment(rule.kind, rule.position, f"spec.{rule.position}")
+                form = rule.form.for_width(widths[name])
+                assignments[name] = Assignment(form, rule.position, f"spec.{rule.position}", rule.needs)
     warnings = [
         f"spec.{later} names {len(shared)} linears that spec.{first} has taken (first wins), e.g. {shared[0]}"
         for (later, first), shared in twice.items()

@@ -21,11 +21,11 @@ from slim_core.errors import VerificationError
 from slim_core.logging import get_logger
 from slim_core.memory import give_back_freed_memory, peak_memory, resident_memory
 from slim_core.model.units import StreamedModel, Unit
-from slim_core.processors.base import LinearWork, UnitWork
+from slim_core.processors.base import BlockRun, LinearWork, UnitWork
 from slim_core.progress import Progress
 from slim_core.quantization.layers import QuantizedLinear
-from slim_core.quantization.statistics import InputObserver, TensorRange
-from slim_core.runners.calibration import BlockForwards, simulated
+from slim_core.quantization.statistics import InputObserver, InputStatistics
+from slim_core.runners.calibration import BlockForwards, KeptBlock, simulated
 from slim_core.runners.plan import Plan
 from slim_core.savers.base import Output, PlannedTensor
 
@@ -156,7 +156,9 @@ def run_plan(
             if plan.needs_data and calibration is not None:
                 inputs = calibration()
                 result.samples = sum(_samples(batch) for batch in inputs)
-                bench.block_forwards = stack.enter_context(BlockForwards(model, inputs, plan.devices.first))
+                bench.block_forwards = stack.enter_context(
+                    BlockForwards(model, inputs, plan.devices.first, plan.streams)
+                )
             with torch.no_grad():
                 _work_through(bench, progress)
             writer.finish()
@@ -220,28 +222,46 @@ def _work_through(bench: _Bench, progress: Progress) -> None:
 
 
 def _calibrated_block(bench: _Bench, unit: Unit, forwards: BlockForwards, finished: bool) -> None:
-    """One forward of the block for every sample; a second one only if quantized outputs are to be handed on."""
-    model, plan = bench.model, bench.plan
-    model.load(unit.parameters, plan.devices.first)
+    """Observe a block while it runs, quantize it, and hand its exact or its quantized outputs on."""
+    model, plan, device = bench.model, bench.plan, bench.plan.devices.first
+    model.load(unit.parameters, device)
+    work = not finished or bench.propagate_quantized
+    keep = work and any(processor.runs_block for processor in plan.processors)
+    targets: list[Any] = []
+    if plan.streams > 1:
+        targets = forwards.run(hand_on=True, stream=0, keep=keep)
     observer = InputObserver()
-    if not finished or bench.propagate_quantized:
+    if work:
         for info in unit.linears:
-            assignment = plan.assignments.get(info.name)
-            if assignment and any(p.observes(info.name, assignment) for p in plan.processors):
-                observer.watch(info.name, model.module.get_submodule(info.name))
-    forwards.run(hand_on=not bench.propagate_quantized)
+            if needs := plan.requests.get(info.name):
+                observer.watch(info.name, model.module.get_submodule(info.name), needs)
+    if plan.streams == 1 or observer.statistics:
+        hand_on = not (bench.propagate_quantized or keep)
+        outputs = forwards.run(hand_on=hand_on, keep=keep and plan.streams == 1)
+        targets = targets or outputs
     observer.stop()
-    layers = _quantize(bench, unit, observer.ranges, keep=bench.propagate_quantized, write=not finished)
+    block = KeptBlock(model, forwards, targets, device) if keep else None
+    layers = _quantize(
+        bench, unit, observer.statistics, block=block, keep=bench.propagate_quantized, write=not finished
+    )
     if bench.propagate_quantized:
-        with simulated(model.module, layers, plan.devices.first):
+        with simulated(model.module, layers, device):
             forwards.run(hand_on=True)
+    elif keep:
+        forwards.hand_on(targets)
     bench.result.block_forwards = forwards.count
     if not plan.runner.keeps_model:
         model.unload(unit.parameters)
 
 
 def _quantize(
-    bench: _Bench, unit: Unit, ranges: Mapping[str, TensorRange], *, keep: bool = False, write: bool = True
+    bench: _Bench,
+    unit: Unit,
+    statistics: Mapping[str, InputStatistics],
+    *,
+    block: BlockRun | None = None,
+    keep: bool = False,
+    write: bool = True,
 ) -> dict[str, QuantizedLinear]:
     """Let the processors work on a unit; finished layers go to the saver at once and are returned if kept."""
     model, plan, saver = bench.model, bench.plan, bench.plan.saver
@@ -254,8 +274,9 @@ def _quantize(
     def finish(work: LinearWork, layer: QuantizedLinear, sqnr_db: float) -> None:
         if write:
             saver.write_layer(bench.writer, work.info, layer)
-            seen = ranges.get(work.info.name)
-            low, high, tokens = (seen.minimum, seen.maximum, seen.tokens) if seen else (None, None, None)
+            seen = statistics.get(work.info.name)
+            low, high = (seen.range.minimum, seen.range.maximum) if seen and seen.tokens else (None, None)
+            tokens = seen.tokens if seen else None
             seconds, began[0] = time.monotonic() - began[0], time.monotonic()
             record = LinearRecord(work.info.name, str(layer.kind), sqnr_db, low, high, tokens, seconds)
             bench.result.linears.append(record)
@@ -274,7 +295,7 @@ def _quantize(
         for info in unit.linears
         if info.name in plan.assignments
     }
-    work = UnitWork(unit.name, linears, ranges, model.dtype, plan.devices.first, finish)
+    work = UnitWork(unit.name, linears, statistics, model.dtype, plan.devices.first, finish, block)
     for processor in plan.processors:
         processor.process(work)
     if write:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,13 +12,16 @@ from torch import Tensor
 
 from slim_core.checkpoint.source import TensorMeta
 from slim_core.checkpoint.writer import lay_out
-from slim_core.errors import InvalidModelError
+from slim_core.errors import InvalidModelError, UnsupportedError
 from slim_core.model.units import LinearInfo, StreamedModel, Unit
 from slim_core.processors.base import Assignment
-from slim_core.quantization.kinds import LayerKind
-from slim_core.quantization.layers import W8A16, QuantizedLinear, W8A8Dynamic, W8A8Static
+from slim_core.quantization.affine import by_groups
+from slim_core.quantization.kinds import LayerForm, LayerKind
+from slim_core.quantization.layers import DynamicInt, MixedInt8, QuantizedLinear, StaticInt8, WeightOnlyInt
 from slim_core.recipe import SaverConfig
+from slim_core.savers.ascendv1_layout import BLOCK, FLOAT_BIAS, layout, row_parallel
 from slim_core.savers.base import Output, PlannedTensor, Saver
+from slim_core.savers.packing import pack_columns, pack_rows
 from slim_core.savers.side_files import copy_side_files, write_json
 
 __all__ = ["DESCRIPTION_FILE", "INDEX_FILE", "STEM", "AscendV1Saver", "AscendV1SaverConfig", "encode_deq_scale"]
@@ -28,8 +31,14 @@ STEM = "quant_model_weights"
 INDEX_FILE = f"{STEM}.safetensors.index.json"
 _GIB = 1 << 30
 
-# The type of the whole model is the highest of those present.
-RANKING = (LayerKind.FLOAT, LayerKind.W8A16, LayerKind.W8A8_DYNAMIC, LayerKind.W8A8)
+# The type of the whole model is the highest of those present. W4A8_DYNAMIC never outranks a type of the other layers.
+RANKING = (
+    *(LayerKind.FLOAT, LayerKind.W4A8_DYNAMIC, LayerKind.W16A16S, LayerKind.W4A16, LayerKind.W8A16),
+    *(LayerKind.W8A8_DYNAMIC, LayerKind.W8A8_MIX, LayerKind.W8A8, LayerKind.W8A8S, LayerKind.WFP8AFP8_DYNAMIC),
+    *(LayerKind.W8A8_MXFP8, LayerKind.W4A8_MXFP, LayerKind.W4A4_DYNAMIC, LayerKind.W4A4_MXFP4),
+    LayerKind.W4A4_MXFP4_DUALSCALE,
+)
+FP8_ENGINE_LABEL = "W8A8FP8_DYNAMIC"
 
 
 class AscendV1SaverConfig(SaverConfig):
@@ -37,44 +46,9 @@ class AscendV1SaverConfig(SaverConfig):
 
     type: Literal["ascendv1_saver"] = "ascendv1_saver"
     part_file_size: int = Field(4, ge=0, description="Size limit of a weight file in GiB; 0 writes one file")
-
-
-Shape = Callable[[LinearInfo], tuple[int, ...]]
-
-
-def _matrix(info: LinearInfo) -> tuple[int, ...]:
-    return info.out_features, info.in_features
-
-
-def _column(info: LinearInfo) -> tuple[int, ...]:
-    return info.out_features, 1
-
-
-def _rows(info: LinearInfo) -> tuple[int, ...]:
-    return (info.out_features,)
-
-
-def _one(_info: LinearInfo) -> tuple[int, ...]:
-    return (1,)
-
-
-_WEIGHT_ONLY: dict[str, tuple[torch.dtype, Shape]] = {
-    "weight": (torch.int8, _matrix),
-    "weight_scale": (torch.float32, _column),
-    "weight_offset": (torch.float32, _column),
-}
-# Suffix -> dtype and shape of the parameters of a linear; ``bias`` is added where the linear has one.
-PARAMETERS: dict[LayerKind, dict[str, tuple[torch.dtype, Shape]]] = {
-    LayerKind.W8A8: {
-        "weight": (torch.int8, _matrix),
-        "quant_bias": (torch.int32, _rows),
-        "input_scale": (torch.float32, _one),
-        "input_offset": (torch.float32, _one),
-        "deq_scale": (torch.float32, _rows),
-    },
-    LayerKind.W8A8_DYNAMIC: _WEIGHT_ONLY,
-    LayerKind.W8A16: _WEIGHT_ONLY,
-}
+    fp8_label: Literal["WFP8AFP8_DYNAMIC", "W8A8FP8_DYNAMIC"] = Field(
+        "WFP8AFP8_DYNAMIC", description="What FP8 layers are called; vLLM-Ascend knows them as W8A8FP8_DYNAMIC"
+    )
 
 
 def deq_scale_dtype(model_dtype: torch.dtype | None) -> torch.dtype:
@@ -106,7 +80,7 @@ class AscendV1Saver(Saver):
                 )
             names.add(tensor.meta.name)
         shards = lay_out([tensor.meta for tensor in tensors], STEM, self.config.part_file_size * _GIB)
-        return Output(tuple(tensors), tuple(shards))
+        return Output(tuple(tensors), tuple(shards), _group_size(a.form for a in assignments.values()))
 
     def _unit(self, model: StreamedModel, unit: Unit, assignments: Mapping[str, Assignment]) -> list[PlannedTensor]:
         quantized = {info.prefix: info for info in unit.linears if info.name in assignments}
@@ -117,7 +91,7 @@ class AscendV1Saver(Saver):
             if name in replaced:
                 if part == "weight":
                     info = quantized[prefix]
-                    planned += self._linear(info, assignments[info.name].kind, unit.name)
+                    planned += self._linear(model, info, assignments[info.name].form, unit.name)
                 continue
             meta = model.source.meta(origin)
             planned.append(
@@ -125,42 +99,52 @@ class AscendV1Saver(Saver):
             )
         return planned
 
-    def _linear(self, info: LinearInfo, kind: LayerKind, unit: str) -> list[PlannedTensor]:
-        entries = {
-            suffix: (self._deq_dtype if suffix == "deq_scale" else dtype, shape(info), str(kind))
-            for suffix, (dtype, shape) in PARAMETERS[kind].items()
-        }
+    def _linear(self, model: StreamedModel, info: LinearInfo, form: LayerForm, unit: str) -> list[PlannedTensor]:
+        check_layout(form, info)
+        stored = model.source.meta(f"{info.prefix}.weight").dtype
+        label = self.config.fp8_label if form.kind is LayerKind.WFP8AFP8_DYNAMIC else str(form.kind)
+        planned: list[PlannedTensor] = []
+
+        def add(suffix: str, dtype: torch.dtype, shape: tuple[int, ...], label: str) -> None:
+            meta = TensorMeta(f"{info.prefix}.{suffix}", dtype, shape)
+            planned.append(PlannedTensor(meta, label, unit, owner=info.name))
+
+        for suffix, part in layout(form, info.prefix, info.out_features, info.in_features).items():
+            add(suffix, self._deq_dtype if suffix == "deq_scale" else part.dtype or stored, part.shape, label)
         if info.has_bias:
-            entries["bias"] = (torch.float32, _rows(info), str(LayerKind.FLOAT))
-        return [
-            PlannedTensor(TensorMeta(f"{info.prefix}.{suffix}", dtype, shape), label, unit, owner=info.name)
-            for suffix, (dtype, shape, label) in entries.items()
-        ]
+            kept = form.kind not in FLOAT_BIAS
+            add("bias", stored if kept else torch.float32, (info.out_features,), label if kept else LayerKind.FLOAT)
+        return planned
 
     def parameters(self, info: LinearInfo, layer: QuantizedLinear) -> Mapping[str, Tensor]:
+        parts = self._parts(info, layer)
+        if layer.bias is not None:
+            parts["bias"] = layer.bias.float() if layer.kind in FLOAT_BIAS else layer.bias
+        return {f"{info.prefix}.{suffix}": tensor for suffix, tensor in parts.items()}
+
+    def _parts(self, info: LinearInfo, layer: QuantizedLinear) -> dict[str, Tensor]:
         match layer:
-            case W8A8Static():
-                parts = {
+            case StaticInt8():
+                return {
                     "weight": layer.weight,
                     "quant_bias": layer.quant_bias,
                     "input_scale": layer.input_scale,
                     "input_offset": layer.input_offset,
                     "deq_scale": encode_deq_scale(layer.deq_scale, self._deq_dtype),
                 }
-            case W8A8Dynamic():
+            case MixedInt8():
                 zeros = torch.zeros_like(layer.weight_scale)
-                parts = {"weight": layer.weight, "weight_scale": layer.weight_scale, "weight_offset": zeros}
-            case W8A16():
-                parts = {
-                    "weight": layer.weight,
-                    "weight_scale": layer.weight_scale,
-                    "weight_offset": layer.weight_offset,
-                }
+                dynamic = {"weight_scale": layer.weight_scale, "weight_offset": zeros}
+                return self._parts(info, layer.static) | dynamic
+            case DynamicInt() if layer.kind is LayerKind.W4A8_DYNAMIC:
+                return _w4a8_parts(info.prefix, layer)
+            case DynamicInt() | WeightOnlyInt():
+                codes = layer.weight
+                if layer.kind is LayerKind.W4A16:
+                    codes = pack_rows(codes) if layer.weight_scale.shape[1] > 1 else pack_columns(codes)
+                return {"weight": codes, "weight_scale": layer.weight_scale, "weight_offset": layer.weight_offset}
             case _:
                 raise TypeError(f"ascendv1 cannot hold {type(layer).__name__}")
-        if layer.bias is not None:
-            parts["bias"] = layer.bias.float()
-        return {f"{info.prefix}.{suffix}": tensor for suffix, tensor in parts.items()}
 
     def complete(self, folder: Path, model: StreamedModel, output: Output) -> None:
         if self.config.part_file_size:
@@ -187,6 +171,46 @@ def describe(output: Output) -> dict[str, Any]:
         "version": "1.0.0",
         "model_quant_type": ranked[-1] if ranked else "Unknown",
         "metadata": {},
-        "group_size": 0,
+        "group_size": output.group_size,
         "optional": {},
     }
+
+
+def _w4a8_parts(prefix: str, layer: DynamicInt) -> dict[str, Tensor]:
+    """Packed codes, scales of one or two levels, and the correction that the kernel adds.
+
+    The kernel splits an int8 activation into two halves and centres the low one at 8, so ``scale_bias`` is
+    ``8 * sum_i codes * scale``; in sixteen parts where the engine cuts the linear along its input.
+    """
+    parts = {"weight": pack_rows(layer.weight), "weight_scale": layer.weight_scale}
+    parts["weight_offset"] = torch.zeros_like(layer.weight_scale)
+    if layer.second_scale is not None:
+        parts |= {"weight_scale_second": layer.second_scale, "weight_offset_second": layer.weight_offset}
+    splits = 16 if row_parallel(prefix) else 1
+    parts["scale_bias"] = 8 * by_groups(layer.dequantized(), splits).sum(2)
+    return parts
+
+
+def _group_size(forms: Iterable[LayerForm]) -> int:
+    """What the description says of all layers together: the columns of a group, 0 if no layer has groups."""
+    sizes = [BLOCK if "MXFP" in form.kind else form.group_size for form in forms]
+    return next(filter(None, sizes), 0)
+
+
+def check_layout(form: LayerForm, info: LinearInfo) -> None:
+    """Refuse a linear whose tensors would not come out even.
+
+    Raises:
+        UnsupportedError: names the linear.
+    """
+    odd: str | None = None
+    if form.kind is LayerKind.W4A8_DYNAMIC and row_parallel(info.prefix) and info.in_features % 16:
+        odd = f"engines cut it into 16 parts along its {info.in_features} input features"
+    elif (form.kind is LayerKind.W4A8_DYNAMIC or (form.kind is LayerKind.W4A16 and form.group_size)) and (
+        info.out_features % 2
+    ):
+        odd = f"rows are packed in pairs, but it has {info.out_features} output features"
+    elif info.in_features % 2 and (form.kind is LayerKind.W4A16 or form.kind.startswith(("W4A8_MX", "W4A4_MX"))):
+        odd = f"columns are packed in pairs, but it has {info.in_features} input features"
+    if odd:
+        raise UnsupportedError(f"cannot become {form.kind}: {odd}", where=info.name, remedy="exclude this linear")

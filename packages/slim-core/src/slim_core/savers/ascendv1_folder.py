@@ -13,8 +13,9 @@ from torch import Tensor
 from slim_core.checkpoint.reader import Checkpoint
 from slim_core.errors import InvalidModelError, UnsupportedError, VerificationError
 from slim_core.quantization.kinds import LayerKind
-from slim_core.quantization.layers import W8A16, QuantizedLinear, W8A8Dynamic, W8A8Static
-from slim_core.savers.ascendv1 import DESCRIPTION_FILE, INDEX_FILE
+from slim_core.quantization.layers import DynamicInt, MixedInt8, QuantizedLinear, StaticInt8, WeightOnlyInt
+from slim_core.savers.ascendv1 import DESCRIPTION_FILE, FP8_ENGINE_LABEL, INDEX_FILE
+from slim_core.savers.packing import unpack_columns, unpack_rows
 
 __all__ = ["GLOBAL_KEYS", "AscendV1Folder"]
 
@@ -73,26 +74,53 @@ class AscendV1Folder:
             VerificationError: one of its tensors is missing.
         """
         kind = str(self.description.get(f"{prefix}.weight", LayerKind.FLOAT))
+        if kind == FP8_ENGINE_LABEL:
+            kind = LayerKind.WFP8AFP8_DYNAMIC
+        bias = self._bias(prefix)
         match kind:
             case LayerKind.FLOAT:
                 return None
-            case LayerKind.W8A8:
-                return W8A8Static(
-                    weight=self._part(prefix, "weight"),
-                    deq_scale=decode_deq_scale(self._part(prefix, "deq_scale")),
-                    quant_bias=self._part(prefix, "quant_bias"),
-                    input_scale=self._part(prefix, "input_scale").float(),
-                    input_offset=self._part(prefix, "input_offset").float(),
-                    bias=self._bias(prefix),
-                )
-            case LayerKind.W8A8_DYNAMIC:
-                scale = self._part(prefix, "weight_scale").float()
-                return W8A8Dynamic(self._part(prefix, "weight"), scale, self._bias(prefix))
+            case LayerKind.W8A8 | LayerKind.W8A8S:
+                return self._static(prefix, bias, LayerKind(kind))
+            case LayerKind.W8A8_MIX:
+                return MixedInt8(self._static(prefix, bias, LayerKind.W8A8), self._part(prefix, "weight_scale").float())
+            case LayerKind.W8A8_DYNAMIC | LayerKind.W4A4_DYNAMIC:
+                bits = LayerKind(kind).weight_bits
+                scale, offset = self._scales(prefix)
+                codes = self._part(prefix, "weight")
+                return DynamicInt(codes, scale, offset, bias, weight_bits=bits, act_bits=bits)
+            case LayerKind.W4A8_DYNAMIC:
+                codes = unpack_rows(self._part(prefix, "weight"))
+                scale, offset = self._scales(prefix)
+                second = None
+                if f"{prefix}.weight_scale_second" in self.source:
+                    second, offset = self._scales(prefix, "_second")
+                return DynamicInt(codes, scale, offset, bias, second, weight_bits=4)
             case LayerKind.W8A16:
-                scale, offset = self._part(prefix, "weight_scale").float(), self._part(prefix, "weight_offset").float()
-                return W8A16(self._part(prefix, "weight"), scale, offset, self._bias(prefix))
+                return WeightOnlyInt(self._part(prefix, "weight"), *self._scales(prefix), bias)
+            case LayerKind.W4A16:
+                scale, offset = self._scales(prefix)
+                unpack = unpack_rows if scale.shape[1] > 1 else unpack_columns
+                return WeightOnlyInt(unpack(self._part(prefix, "weight")), scale, offset, bias, bits=4)
             case _:
                 raise UnsupportedError(f"layers of type {kind!r} cannot be read", where=prefix)
+
+    def _static(self, prefix: str, bias: Tensor | None, kind: LayerKind) -> StaticInt8:
+        return StaticInt8(
+            weight=self._part(prefix, "weight"),
+            deq_scale=decode_deq_scale(self._part(prefix, "deq_scale")),
+            quant_bias=self._part(prefix, "quant_bias"),
+            input_scale=self._part(prefix, "input_scale").float(),
+            input_offset=self._part(prefix, "input_offset").float(),
+            bias=bias,
+            kind=kind,
+        )
+
+    def _scales(self, prefix: str, level: str = "") -> tuple[Tensor, Tensor]:
+        """Scale and offset; an offset that a writer left out is zero."""
+        scale = self._part(prefix, f"weight_scale{level}").float()
+        name = f"{prefix}.weight_offset{level}"
+        return scale, self.source.load(name).float() if name in self.source else torch.zeros_like(scale)
 
     def _part(self, prefix: str, part: str) -> Tensor:
         name = f"{prefix}.{part}"

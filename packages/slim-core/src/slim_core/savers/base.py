@@ -39,10 +39,11 @@ class PlannedTensor:
 
 @dataclass(frozen=True)
 class Output:
-    """Everything a run will write, in order, and the shards it falls into."""
+    """Everything a run will write, in order, the shards it falls into, and the columns that share a scale (or 0)."""
 
     tensors: tuple[PlannedTensor, ...]
     shards: tuple[Shard, ...]
+    group_size: int = 0
 
     @property
     def nbytes(self) -> int:

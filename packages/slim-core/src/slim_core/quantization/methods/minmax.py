@@ -1,4 +1,4 @@
-"""The ``minmax`` weight method: one scale per output channel from the channel's own extremes.
+"""The ``minmax`` weight method: one scale per output channel, or per group of its columns, from the extremes.
 
 Rows are worked on in blocks that stay in the cache, straight from the mapped checkpoint. For half-precision weights the
 largest magnitude is found on the bit patterns: without the sign bit they order like the numbers they stand for.
@@ -8,53 +8,27 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import cache
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from slim_core.errors import InvalidModelError
-from slim_core.quantization.affine import EPSILON, affine_parameters
+from slim_core.quantization.affine import EPSILON, affine_parameters, by_groups
+from slim_core.quantization.weights import QuantizedWeight, RowSource
 
-__all__ = ["QuantizedWeight", "RowSource", "minmax_per_channel"]
+__all__ = ["minmax_weight"]
 
 _BLOCK_BYTES = 1 << 20
 _SAMPLE_EVERY = 8
 
 
-class RowSource(Protocol):
-    """A matrix that can be read by rows: a tensor in memory or one that still lies in a file."""
-
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-
-    def rows(self, start: int, stop: int) -> Tensor: ...
-
-
-@dataclass(frozen=True, eq=False)
-class QuantizedWeight:
-    """Codes of a weight and what they mean.
-
-    Args:
-        codes: int8 ``(out, in)``.
-        scale, offset: float32 ``(out, 1)``.
-        sqnr_db: signal to quantization noise in decibels over every eighth block of rows (the first included).
-    """
-
-    codes: Tensor
-    scale: Tensor
-    offset: Tensor
-    sqnr_db: float
-
-
 def magnitudes(rows: Tensor) -> Tensor:
-    """The largest absolute value of every row, float32 ``(rows, 1)``; NaN where a row holds one."""
+    """The largest absolute value along the last dimension, float32 ``(..., 1)``; NaN where there is one."""
     if rows.dtype in (torch.bfloat16, torch.float16):
         bits = torch.bitwise_and(rows.view(torch.int16), 0x7FFF)
-        return bits.amax(1, keepdim=True).view(rows.dtype).float()
-    return rows.abs().amax(1, keepdim=True).float()
+        return bits.amax(-1, keepdim=True).view(rows.dtype).float()
+    return rows.abs().amax(-1, keepdim=True).float()
 
 
 def _quantize_rows(rows: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -62,14 +36,16 @@ def _quantize_rows(rows: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, Te
         largest = magnitudes(rows)
         scale, offset = affine_parameters(-largest, largest, bits, symmetric=True)
     else:
-        scale, offset = affine_parameters(rows.amin(1, keepdim=True), rows.amax(1, keepdim=True), bits, symmetric=False)
+        scale, offset = affine_parameters(
+            rows.amin(-1, keepdim=True), rows.amax(-1, keepdim=True), bits, symmetric=False
+        )
     # Into memory of its own: float32 rows are the mapped file itself.
     steps = torch.div(rows, scale, out=torch.empty(rows.shape, device=rows.device))
     return steps if symmetric else steps.add_(offset), scale, offset
 
 
-def minmax_per_channel(
-    weight: RowSource, *, bits: int, symmetric: bool, name: str, device: torch.device | None = None
+def minmax_weight(
+    weight: RowSource, *, bits: int, symmetric: bool, name: str, group_size: int = 0, device: torch.device | None = None
 ) -> QuantizedWeight:
     """Quantize a weight row by row.
 
@@ -77,41 +53,44 @@ def minmax_per_channel(
         weight: float matrix ``(out, in)``.
         bits: width of the codes, at most 8.
         name: the tensor's name, for errors.
+        group_size: columns that share a scale, a divisor of ``in``; 0: all of them.
         device: where to compute; the whole matrix goes there at once if it is not the CPU.
 
     Raises:
         InvalidModelError: the weight holds NaN or infinity.
     """
     out, width = weight.shape
+    groups = width // group_size if group_size else 1
     if not out or not width:
+        shape = out, max(groups, 1)
         return QuantizedWeight(
-            torch.empty(out, width, dtype=torch.int8), torch.full((out, 1), EPSILON), torch.zeros(out, 1), float("inf")
+            torch.empty(out, width, dtype=torch.int8), torch.full(shape, EPSILON), torch.zeros(shape), float("inf")
         )
     codes = torch.empty(out, width, dtype=torch.int8)
-    scale, offset = torch.empty(out, 1), torch.empty(out, 1)
+    scale, offset = torch.empty(out, groups), torch.empty(out, groups)
     half = 2 ** (bits - 1)
     accelerated = device is not None and device.type != "cpu"
     block = out if accelerated else max(1, _BLOCK_BYTES // max(width * 4, 1))
 
     def work(start: int) -> tuple[float, float]:
         stop = min(start + block, out)
-        rows = weight.rows(start, stop)
+        rows = by_groups(weight.rows(start, stop), groups)
         steps, s, z = _quantize_rows(rows.to(device) if accelerated else rows, bits, symmetric)
         sampled = (start // block) % _SAMPLE_EVERY == 0
         exact = steps.clone() if sampled else steps
         rounded = steps.round_()
         if not symmetric:  # a symmetric scale keeps every code inside by construction
             rounded.clamp_(-half, half - 1)
-        codes[start:stop].copy_(rounded)
-        scale[start:stop].copy_(s)
-        offset[start:stop].copy_(z)
+        codes[start:stop].copy_(rounded.flatten(1))
+        scale[start:stop].copy_(s.squeeze(2))
+        offset[start:stop].copy_(z.squeeze(2))
         if not sampled:
             return 0.0, 0.0
         return _energy(exact - z, s), _energy(exact - rounded, s)
 
     energies = _for_each_block(work, range(0, out, block))
     if not bool(torch.isfinite(scale).all()):
-        row = int((~torch.isfinite(scale)).flatten().nonzero()[0])
+        row = int((~torch.isfinite(scale)).nonzero()[0, 0])
         raise InvalidModelError(
             f"the weight holds NaN or infinity in row {row}", where=name, remedy="repair the checkpoint"
         )
@@ -120,7 +99,7 @@ def minmax_per_channel(
 
 def _energy(steps: Tensor, scale: Tensor) -> float:
     """Sum of ``(steps * scale)^2``; the squares of large weights do not fit a float32."""
-    return float((steps.square_().sum(1, keepdim=True).cpu().double() * scale.cpu().double().square()).sum())
+    return float((steps.square_().sum(-1, keepdim=True).cpu().double() * scale.cpu().double().square()).sum())
 
 
 def decibels(energies: list[tuple[float, float]]) -> float:

@@ -1,20 +1,15 @@
-"""What is known of the inputs of a linear: requested by processors, gathered in the one forward of a unit.
-
-Statistics are kept in float32, can be merged in any order, and are finalised once.
-"""
+"""Extremes of a whole tensor."""
 
 from __future__ import annotations
 
-import weakref
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from slim_core.errors import InvalidModelError, SpecError
 
-__all__ = ["InputObserver", "TensorRange"]
+__all__ = ["TensorRange", "observe_range"]
 
 
 @dataclass
@@ -78,38 +73,3 @@ def observe_range(x: Tensor) -> TensorRange:
     if low != low or high != high:
         low, high = float("-inf"), float("inf")
     return TensorRange(low, high, float(minima.sum()), float(maxima.sum()), len(batch), x.numel() // x.shape[-1])
-
-
-@dataclass
-class InputObserver:
-    """Watches the inputs of some linears while a unit runs.
-
-    Linears that are given the very same tensor (q, k and v; gate and up) share the work and end with equal ranges.
-    """
-
-    ranges: dict[str, TensorRange] = field(default_factory=dict[str, TensorRange])
-    _handles: list[Any] = field(default_factory=list[Any])
-    _last: tuple[weakref.ref[Tensor], TensorRange] | None = None
-
-    def watch(self, name: str, linear: nn.Module) -> None:
-        """Start observing a linear."""
-        self.ranges.setdefault(name, TensorRange())
-
-        def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            self.ranges[name].merge(self._range_of(args[0] if args else kwargs["input"]))
-
-        self._handles.append(linear.register_forward_pre_hook(hook, with_kwargs=True))
-
-    def _range_of(self, x: Tensor) -> TensorRange:
-        if self._last is not None and self._last[0]() is x:
-            return self._last[1]
-        seen = observe_range(x)
-        self._last = (weakref.ref(x), seen)
-        return seen
-
-    def stop(self) -> None:
-        """Stop observing; what was seen stays."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-        self._last = None

@@ -1,0 +1,19 @@
+"""What is known of the inputs of a linear: requested by processors, gathered in the one forward of a unit.
+
+Statistics can be merged in any order and are finalised once.
+"""
+
+from slim_core.quantization.statistics.channels import ChannelStatistics
+from slim_core.quantization.statistics.hessian import Hessian
+from slim_core.quantization.statistics.inputs import InputObserver, InputStatistics, Need
+from slim_core.quantization.statistics.ranges import TensorRange, observe_range
+
+__all__ = [
+    "ChannelStatistics",
+    "Hessian",
+    "InputObserver",
+    "InputStatistics",
+    "Need",
+    "TensorRange",
+    "observe_range",
+]
