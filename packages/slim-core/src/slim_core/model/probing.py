@@ -1,0 +1,230 @@
+"""Proof on the block itself: who reads a norm, and whether moving a scale leaves the block's output as it was.
+
+A probe scales channels by powers of two, which floating-point numbers of every width carry without rounding, and runs
+the block on one sample. A matrix whose input comes out scaled, channel by channel, reads that norm. Once all readers
+are compensated the output must be what it was; a reader that was missed, a shared source, an activation function in
+between or a wrong layout of heads changes it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterable, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor, nn
+
+from slim_core.model.skeleton import named_modules
+from slim_core.model.subgraphs import PRIORITY, Subgraph, candidates, is_norm
+
+__all__ = ["BlockProbe", "Findings"]
+
+_TOKENS = 64
+_FACTORS = torch.tensor([0.25, 0.5, 1.0, 2.0, 4.0])
+# What may be left of the change that the source alone makes: next to nothing, since powers of two round nothing. Only
+# the weight of a (1 + weight) norm is rounded, by up to 2^-9 in bfloat16.
+_TOLERANCE = 1e-4
+_TOLERANCE_OF_ROUNDED = 0.05
+
+
+@dataclass
+class Findings:
+    """The subgraphs of a block that were proved, in the order of smoothing, and why others were not taken."""
+
+    subgraphs: list[Subgraph] = field(default_factory=list[Subgraph])
+    refused: dict[str, str] = field(default_factory=dict[str, str])
+
+    def sorted(self) -> Findings:
+        return replace(self, subgraphs=sorted(self.subgraphs, key=lambda graph: PRIORITY[graph.type]))
+
+
+class BlockProbe:
+    """Probes one block.
+
+    Args:
+        root: the model; the block's parameters hold their values.
+        block: dotted name of the block.
+        run: runs the block on one sample and returns its hidden states; always the same sample.
+    """
+
+    def __init__(self, root: nn.Module, block: str, run: Callable[[], Tensor]) -> None:
+        self._root = root
+        self._block = block
+        self._run = run
+        self._readers = dict(_matrices(root, block))
+        self._output, self._inputs = self._forward(self._readers)
+        self._generator = torch.Generator().manual_seed(0)
+
+    def _scale_of(self, size: int) -> Tensor:
+        return _FACTORS[torch.randint(len(_FACTORS), (size,), generator=self._generator)]
+
+    def findings(self) -> Findings:
+        """Everything that can be smoothed in this block."""
+        found = Findings()
+        for options in candidates(self._root, self._block):
+            proved = next((graph for graph in options if self.holds(graph)), None)
+            if proved is None:
+                found.refused[options[0].source] = (
+                    f"scaling it and {options[0].targets[0]} against each other changes what the block computes"
+                )
+            else:
+                found.subgraphs.append(proved)
+        for name, module in named_modules(self._root.get_submodule(self._block)):
+            if is_norm(module):
+                self._norm(f"{self._block}.{name}", module, found)
+        return found.sorted()
+
+    def _norm(self, name: str, norm: nn.Module, found: Findings) -> None:
+        for plus_one in (False, True):
+            readers = self.readers(name, norm, plus_one=plus_one)
+            if not readers:
+                continue
+            width = norm.get_parameter("weight").shape[0]
+            graph = Subgraph("norm-linear", name, tuple(readers), torch.arange(width), plus_one=plus_one)
+            if self.holds(graph):
+                found.subgraphs.append(graph)
+            else:
+                found.refused[name] = f"something besides {', '.join(readers[:4])} reads its output"
+            return
+
+    def readers(self, name: str, norm: nn.Module, *, plus_one: bool) -> list[str]:
+        """The matrices whose input is the output of a norm, in the order in which they are called."""
+        width = norm.get_parameter("weight").shape[0]
+        scale = self._scale_of(width)
+        with self._changed(_scaled_norm(name, norm, scale, plus_one)):
+            _, after = self._forward({reader: m for reader, m in self._readers.items() if _width(m) == width})
+        direct = [reader for reader, x in after.items() if self._is_scaled(reader, x, scale)]
+        return direct + self._experts(direct) if direct else []
+
+    def _is_scaled(self, reader: str, x: Tensor, scale: Tensor) -> bool:
+        before = self._inputs.get(reader)
+        if before is None or before.shape != x.shape or not bool(before.any()):
+            return False
+        expected = before * scale
+        return float((x - expected).abs().max()) <= 0.02 * float(expected.abs().max())
+
+    def _experts(self, direct: list[str]) -> list[str]:
+        """The first matrices of experts, whose tokens are chosen by a router that reads the norm.
+
+        They see rows of what the direct readers see; those that no token of the sample reached go by their siblings.
+        """
+        known = set(direct)
+        whole = [self._inputs[name] for name in direct]
+        leaves: set[tuple[str, str]] = set()
+        for name, x in self._inputs.items():
+            if name not in known and len(x) and any(_rows_of(x, rows) for rows in whole if rows.shape[1] == x.shape[1]):
+                leaves.add(_sibling(name))
+        return [name for name in self._readers if name not in known and _sibling(name) in leaves]
+
+    def holds(self, graph: Subgraph) -> bool:
+        """Whether the block computes the same with random scales moved from the source to the targets.
+
+        The measure is what the scaled source does to the output when the targets are left as they are.
+        """
+        scale = self._scale_of(graph.scales)
+        with self._changed(self._divided(graph, scale)):
+            alone, _ = self._forward({})
+        effect = float((alone - self._output).abs().max())
+        with self._changed(self._multiplied(graph, scale) | self._divided(graph, scale)):
+            output, _ = self._forward({})
+        left = float((output - self._output).abs().max())
+        rounded = graph.plus_one and self._output_dtype != torch.float32
+        return effect > 0 and left <= (_TOLERANCE_OF_ROUNDED if rounded else _TOLERANCE) * effect
+
+    def _multiplied(self, graph: Subgraph, scale: Tensor) -> dict[str, Tensor]:
+        changes: dict[str, Tensor] = {}
+        for target in graph.targets:
+            weight = self._root.get_parameter(f"{target}.weight")
+            columns = graph.spread(scale).to(weight.device)
+            changes[f"{target}.weight"] = (weight.float() * columns).to(weight.dtype)
+        return changes
+
+    def _divided(self, graph: Subgraph, scale: Tensor) -> dict[str, Tensor]:
+        module = self._root.get_submodule(graph.source)
+        if graph.rows is None:
+            return _scaled_norm(graph.source, module, 1 / scale, graph.plus_one)
+        changes: dict[str, Tensor] = {}
+        for part in ("weight", "bias"):
+            value = module._parameters.get(part)  # pyright: ignore[reportPrivateUsage]
+            if value is not None:
+                changed, rows = value.float().clone(), graph.rows.to(value.device)
+                changed[rows] = changed[rows] / scale.to(value.device).view(-1, *[1] * (value.dim() - 1))
+                changes[f"{graph.source}.{part}"] = changed.to(value.dtype)
+        return changes
+
+    @contextmanager
+    def _changed(self, values: Mapping[str, Tensor]) -> Generator[None]:
+        """Within this context these parameters have other values."""
+        kept = {name: self._root.get_parameter(name) for name in values}
+        try:
+            for name, value in values.items():
+                _set(self._root, name, nn.Parameter(value, requires_grad=False))
+            yield
+        finally:
+            for name, parameter in kept.items():
+                _set(self._root, name, parameter)
+
+    def _forward(self, watched: Mapping[str, nn.Module]) -> tuple[Tensor, dict[str, Tensor]]:
+        """The output, float32 ``(tokens, channels)``, and the first tokens of the inputs of some modules."""
+        inputs: dict[str, Tensor] = {}
+
+        def hook(name: str) -> Callable[..., None]:
+            def keep(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
+                x = args[0] if args else next(iter(kwargs.values()))
+                if x.shape[-1] != _width(module):
+                    return
+                inputs[name] = x.detach().reshape(-1, x.shape[-1])[:_TOKENS].float().cpu()
+
+            return keep
+
+        handles = [module.register_forward_pre_hook(hook(name), with_kwargs=True) for name, module in watched.items()]
+        try:
+            with torch.no_grad():
+                output = self._run()
+        finally:
+            for handle in handles:
+                handle.remove()
+        self._output_dtype = output.dtype
+        return output.detach().reshape(-1, output.shape[-1]).float(), inputs
+
+
+def _matrices(root: nn.Module, block: str) -> Iterable[tuple[str, nn.Module]]:
+    """Everything in a block that multiplies its input by a matrix ``weight`` ``(out, in)``: linears and routers."""
+    for name, module in named_modules(root.get_submodule(block)):
+        weight = module._parameters.get("weight")  # pyright: ignore[reportPrivateUsage]
+        if weight is not None and weight.dim() == 2 and not isinstance(module, nn.Embedding):
+            yield f"{block}.{name}", module
+
+
+def _width(module: nn.Module) -> int:
+    return module.get_parameter("weight").shape[1]
+
+
+def _scaled_norm(name: str, norm: nn.Module, scale: Tensor, plus_one: bool) -> dict[str, Tensor]:
+    """The parameters of a norm whose output is to be multiplied by a scale."""
+    changes: dict[str, Tensor] = {}
+    for part in ("weight", "bias"):
+        value = norm._parameters.get(part)  # pyright: ignore[reportPrivateUsage]
+        if value is not None:
+            shift = 1.0 if plus_one and part == "weight" else 0.0
+            changed = (value.float() + shift) * scale.to(value.device) - shift
+            changes[f"{name}.{part}"] = changed.to(value.dtype)
+    return changes
+
+
+def _sibling(name: str) -> tuple[str, str]:
+    """Equal for the same leaf of different experts: the name without its last number, split there."""
+    parts = name.split(".")
+    position = max((i for i, part in enumerate(parts) if part.isdigit()), default=0)
+    return ".".join(parts[:position]), ".".join(parts[position + 1 :])
+
+
+def _rows_of(x: Tensor, rows: Tensor) -> bool:
+    """Whether every row of ``x`` is one of ``rows``."""
+    return bool((x[:8].unsqueeze(1) == rows.unsqueeze(0)).all(2).any(1).all())
+
+
+def _set(root: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    path, _, leaf = name.rpartition(".")
+    setattr(root.get_submodule(path), leaf, parameter)
