@@ -268,6 +268,18 @@ def test_memory_follows_what_is_in_use(large: tuple[Path, dict[str, Tensor]]) ->
     assert all(torch.equal(checkpoint.load(name), tensor) for name, tensor in tensors.items())
 
 
+def test_releasing_rows_gives_their_memory_back(tmp_path: Path) -> None:
+    megabytes = 1 << 20
+    save_file({"w": torch.ones(4, 16 * megabytes, dtype=torch.uint8)}, tmp_path / "model.safetensors")
+    checkpoint = Checkpoint(tmp_path)
+    view = checkpoint.load("w")
+    assert int(view[:, ::4096].sum()) == 4 * 4096
+    touched = resident_memory()
+    checkpoint.release_rows("w", 1, 3)
+    assert 28 * megabytes < touched - resident_memory() < 40 * megabytes
+    assert int(view[:, ::4096].sum()) == 4 * 4096
+
+
 def test_releasing_leaves_neighbours_and_unread_ones_alone(single: Path) -> None:
     checkpoint = Checkpoint(single)
     checkpoint.release(TENSORS)  # nothing is mapped yet

@@ -198,6 +198,34 @@ def test_copying_equals_putting(
     assert files[0] == files[1]
 
 
+@given(st.lists(st.integers(1, 4), min_size=1, max_size=8))
+def test_rows_one_after_the_other_give_the_whole(counts: list[int]) -> None:
+    whole = torch.randn(sum(counts), 3, 2).bfloat16()
+    (shard,) = lay_out(metas({"x": torch.ones(2), "whole": whole}), "w", 0)
+    with tempfile.TemporaryDirectory() as folder:
+        writer = ShardedWriter(Path(folder), [shard])
+        for part in whole.split(counts):
+            writer.put_rows("whole", part)
+        writer.put("x", torch.ones(2))
+        writer.finish()
+        assert same(load_file(Path(folder) / "w.safetensors")["whole"], whole)
+
+
+def test_rows_that_do_not_follow_the_plan(tmp_path: Path) -> None:
+    (shard,) = lay_out(metas({"x": torch.ones(3, 2)}), "w", 0)
+    writer = ShardedWriter(tmp_path, [shard])
+    writer.put_rows("x", torch.ones(2, 2))
+    for rows in (torch.ones(2, 2), torch.ones(1, 3), torch.ones(1, 2).half()):
+        with pytest.raises(UnexpectedError, match=r"x: .* from row 2 on do not fit the plan"):
+            writer.put_rows("x", rows)
+    with pytest.raises(UnexpectedError, match="1 tensors of the plan were never written"):
+        writer.finish()
+    writer.put_rows("x", torch.ones(1, 2))
+    with pytest.raises(UnexpectedError, match="was already written"):
+        writer.put_rows("x", torch.ones(1, 2))
+    writer.finish()
+
+
 def test_copying_what_does_not_follow_the_plan(tmp_path: Path, origin: Checkpoint) -> None:
     writer = ShardedWriter(tmp_path, SHARDS)
     with pytest.raises(UnexpectedError, match=r"a: stored as torch.bfloat16\[4, 2, 3\], the plan says torch.float32"):

@@ -146,3 +146,6 @@ class Fp8BlockSource:
 
     def release(self, names: Iterable[str]) -> None:
         self._inner.release(self._with_factors(names))
+
+    def release_rows(self, name: str, start: int, stop: int) -> None:
+        self._inner.release_rows(self._visible(name), start, stop)

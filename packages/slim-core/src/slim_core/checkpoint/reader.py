@@ -107,16 +107,18 @@ class Checkpoint:
         return self._view(self.stored(name))
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
+        return self._view(self._part(name, start, stop))
+
+    def _part(self, name: str, start: int, stop: int) -> StoredTensor:
+        """Where some rows of a tensor lie."""
         stored = self.stored(name)
         if not stored.shape:
             raise UnexpectedError("the tensor is a scalar and has no rows", where=name)
         start, stop, _ = slice(start, stop).indices(stored.shape[0])
         count = max(stop - start, 0)
         row = stored.nbytes // max(stored.shape[0], 1)
-        return self._view(
-            StoredTensor(
-                name, stored.dtype, (count, *stored.shape[1:]), stored.file, stored.begin + start * row, count * row
-            )
+        return StoredTensor(
+            name, stored.dtype, (count, *stored.shape[1:]), stored.file, stored.begin + start * row, count * row
         )
 
     def _map(self, file: Path) -> mmap.mmap:
@@ -148,12 +150,17 @@ class Checkpoint:
 
     def release(self, names: Iterable[str]) -> None:
         for name in names:
-            stored = self.stored(name)
-            mapped = self._maps.get(stored.file)
-            if mapped is None or not stored.nbytes:
-                continue
-            start = stored.begin - stored.begin % _PAGE
-            mapped.madvise(mmap.MADV_DONTNEED, start, stored.begin + stored.nbytes - start)
+            self._give_back(self.stored(name))
+
+    def release_rows(self, name: str, start: int, stop: int) -> None:
+        self._give_back(self._part(name, start, stop))
+
+    def _give_back(self, stored: StoredTensor) -> None:
+        mapped = self._maps.get(stored.file)
+        if mapped is None or not stored.nbytes:
+            return
+        start = stored.begin - stored.begin % _PAGE
+        mapped.madvise(mmap.MADV_DONTNEED, start, stored.begin + stored.nbytes - start)
 
     def close(self) -> None:
         """Stop reading ahead. Mappings go with the last view of them."""

@@ -50,11 +50,11 @@ class TensorSource(Protocol):
         ...
 
     def load(self, name: str) -> Tensor:
-        """The tensor on the CPU. It may be a view of the file: never write to it."""
+        """The tensor on the CPU. It may be a view of the file, with any strides: never write to it."""
         ...
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Rows ``start:stop`` of the first dimension, same rules as :meth:`load`."""
+        """Rows ``start:stop`` of the first dimension, contiguous, same rules as :meth:`load`."""
         ...
 
     def stored(self, name: str) -> StoredTensor | None:
@@ -67,6 +67,10 @@ class TensorSource(Protocol):
 
     def release(self, names: Iterable[str]) -> None:
         """Give the memory behind these tensors back; views handed out stay valid and are read again on use."""
+        ...
+
+    def release_rows(self, name: str, start: int, stop: int) -> None:
+        """:meth:`release` for rows ``start:stop`` of the first dimension alone."""
         ...
 
 

@@ -272,12 +272,17 @@ class Staging:
                 os.rename(self._old, self.target)
             raise
 
-    def leave(self) -> bool:
-        """Give up for now. Returns whether something worth resuming was left; otherwise the folder is removed."""
-        if not self.finished:
+    def leave(self, *, keep: bool = False) -> bool:
+        """Give up for now. Returns whether something worth resuming was left; otherwise the folder is removed.
+
+        Args:
+            keep: something was, though no unit is finished.
+        """
+        keep = keep or bool(self.finished)
+        if not keep:
             shutil.rmtree(self.folder, ignore_errors=True)
         self._unlock()
-        return bool(self.finished)
+        return keep
 
 
 def _read_journal(journal: Path) -> list[dict[str, Any]]:

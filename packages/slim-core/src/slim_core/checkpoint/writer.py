@@ -92,6 +92,7 @@ class ShardedWriter:
         self._folder = folder
         self._places: dict[str, tuple[int, int, TensorMeta]] = {}
         self._files: list[int] = []
+        self._rows: dict[str, int] = {}
         self._closed = False
         done = set(done)
         try:
@@ -140,6 +141,28 @@ class ShardedWriter:
             data = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
             self._submit(lambda: _write_all(fd, data, offset), meta.nbytes)
         self._missing.remove(name)
+
+    def put_rows(self, name: str, rows: Tensor) -> None:
+        """Queue the next rows of a tensor for writing; it is complete when its last row was queued.
+
+        Raises:
+            UnexpectedError: the plan has no such tensor, or another dtype or shape.
+        """
+        fd, offset, meta = self._place(name)
+        first = self._rows.get(name, 0)
+        fits = rows.dtype == meta.dtype and tuple(rows.shape[1:]) == meta.shape[1:]
+        if not fits or first + len(rows) > meta.shape[0]:
+            raise UnexpectedError(
+                f"{len(rows)} rows of {rows.dtype}{list(rows.shape)} from row {first} on do not fit the plan, "
+                f"{meta.dtype}{list(meta.shape)}",
+                where=name,
+            )
+        data = rows.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
+        begin = offset + first * (meta.nbytes // max(meta.shape[0], 1))
+        self._submit(lambda: _write_all(fd, data, begin), len(data))
+        self._rows[name] = first + len(rows)
+        if self._rows[name] == meta.shape[0]:
+            self._missing.remove(name)
 
     def copy(self, name: str, stored: StoredTensor) -> None:
         """Copy a tensor byte for byte from another file, inside the kernel and without taking memory here.
