@@ -17,7 +17,8 @@ from slim_core.checkpoint.source import LazyTensor
 from slim_core.errors import InvalidModelError
 from slim_core.quantization.affine import EPSILON
 from slim_core.quantization.methods import minmax
-from slim_core.quantization.methods.minmax import decibels, magnitudes, minmax_weight
+from slim_core.quantization.methods.minmax import magnitudes, minmax_weight
+from slim_core.quantization.row_blocks import decibels
 from slim_core.quantization.weights import QuantizedWeight
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

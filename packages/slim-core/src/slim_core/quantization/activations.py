@@ -2,14 +2,35 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from slim_core.quantization.affine import affine_parameters
+from slim_core.quantization.clipping import Metric, clipping_range
 from slim_core.quantization.statistics import InputStatistics
-from slim_core.recipe.qconfig import ActConfig
+from slim_core.recipe.qconfig import ActConfig, Ext
 
-__all__ = ["static_parameters"]
+__all__ = ["HistogramOptions", "range_parameters", "static_parameters"]
+
+
+@dataclass(frozen=True)
+class HistogramOptions:
+    """Settings of ``histogram``: bins at most, what the clipping range minimises, and the percentage it keeps."""
+
+    bins: int = 8192
+    metric: Metric = "mse"
+    percentile: float = 99.99
+
+    @classmethod
+    def of(cls, ext: Ext) -> HistogramOptions:
+        """From the settings of a recipe."""
+        return cls(
+            bins=ext.get("bins", cls.bins),
+            metric=ext.get("metric", cls.metric),
+            percentile=ext.get("percentile", cls.percentile),
+        )
 
 
 def static_parameters(
@@ -27,10 +48,26 @@ def static_parameters(
         SpecError: nothing was observed.
         InvalidModelError: NaN or infinity was observed.
     """
-    low, high = seen.range.bounds(config.ext.get("aggregation_type", "max"), name)
-    scale, offset = affine_parameters(low, high, bits=8, symmetric=config.symmetric)
+
+    def grid(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+        return range_parameters(low, high, config.symmetric, dtype)
+
+    if config.method == "histogram":
+        options = HistogramOptions.of(config.ext)
+        histogram = seen.histogram.seen(name, options.bins)
+        return grid(
+            *clipping_range(
+                histogram, grid, symmetric=config.symmetric, metric=options.metric, percentile=options.percentile
+            )
+        )
+    return grid(*seen.range.bounds(config.ext.get("aggregation_type", "max"), name))
+
+
+def range_parameters(low: Tensor, high: Tensor, symmetric: bool, dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:
+    """Scale and offset of int8 inputs in these ranges, of any shape; else as :func:`static_parameters`."""
+    scale, offset = affine_parameters(low, high, bits=8, symmetric=symmetric)
     if dtype is not None:
         scale = scale.to(dtype).float()
-    if not config.symmetric:
+    if not symmetric:
         offset = (torch.round(-low.clamp(max=0.0) / scale) - 128).clamp(-128, 127)
     return scale, offset

@@ -10,9 +10,18 @@ from slim_core.logging import get_logger
 from slim_core.model.units import LinearInfo
 from slim_core.quantization.activations import static_parameters
 from slim_core.quantization.kinds import LayerForm, LayerKind
-from slim_core.quantization.layers import DynamicInt, MixedInt8, QuantizedLinear, StaticInt8, WeightOnlyInt
+from slim_core.quantization.layers import (
+    DynamicInt,
+    Fp8Dynamic,
+    MixedInt8,
+    MxDynamic,
+    QuantizedLinear,
+    StaticInt8,
+    WeightOnlyInt,
+)
+from slim_core.quantization.methods.ssz import SszOptions
 from slim_core.quantization.statistics import InputStatistics, Need
-from slim_core.quantization.weights import QuantizedWeight
+from slim_core.quantization.weights import MxWeight, QuantizedWeight
 from slim_core.recipe.qconfig import ActConfig, LinearQConfig
 
 __all__ = ["build_layer", "check_shape", "needs_of"]
@@ -24,9 +33,12 @@ def needs_of(config: LinearQConfig) -> frozenset[Need]:
     """What must be known of the inputs to carry out a ``qconfig`` block."""
     needs: set[Need] = set()
     if config.act is not None and config.act.scope in ("per_tensor", "pd_mix"):
-        needs.add(Need.RANGE)
+        mean = config.act.ext.get("aggregation_type") == "mean"
+        needs.add(Need.HISTOGRAM if config.act.method == "histogram" else Need.SAMPLE_RANGES if mean else Need.RANGE)
     if config.weight.method == "gptq":
         needs.add(Need.HESSIAN)
+    if config.weight.method == "ssz" and SszOptions.of(config.weight.ext).weighted:
+        needs.add(Need.CHANNELS)
     return frozenset(needs)
 
 
@@ -48,7 +60,7 @@ def check_shape(form: LayerForm, info: LinearInfo) -> None:
 
 def build_layer(
     form: LayerForm,
-    weight: QuantizedWeight,
+    weight: QuantizedWeight | MxWeight,
     act: ActConfig | None,
     *,
     seen: InputStatistics,
@@ -68,6 +80,8 @@ def build_layer(
         SpecError: a static input was never observed.
         InvalidModelError: NaN or infinity was observed.
     """
+    if isinstance(weight, MxWeight):
+        return MxDynamic(form.kind, weight.elements, weight.exponents, bias, weight.outer)
     match form.kind:
         case LayerKind.W8A8 | LayerKind.W8A8S | LayerKind.W8A8_MIX:
             assert act is not None
@@ -90,6 +104,8 @@ def build_layer(
                 weight_bits=form.kind.weight_bits,
                 act_bits=act_bits,
             )
+        case LayerKind.WFP8AFP8_DYNAMIC:
+            return Fp8Dynamic(weight.codes, weight.scale, bias)
         case _:
             raise UnexpectedError(f"no layer is built for {form.kind}", where=name)
 

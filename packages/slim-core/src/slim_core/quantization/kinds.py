@@ -204,7 +204,27 @@ def layer_form(config: LinearQConfig, methods: LayerMethods = LAYER_METHODS) -> 
             where="qconfig.weight.ext.dual_block_size",
             remedy="use a multiple of 32, e.g. 512",
         )
+    _check_blocks(config, outer_block)
     return LayerForm(kind, group_size, weight.symmetric, outer_block)
+
+
+def _check_blocks(config: LinearQConfig, outer_block: int) -> None:
+    """Refuse blocks that do not run along the input features, or that differ between activation and weight."""
+    for side, block, last in (("act", config.act, (-1,)), ("weight", config.weight, (-1, 1))):
+        axes = block.ext.get("axes", -1) if block is not None and block.scope in ("per_block", "dual_scale") else -1
+        if axes not in (*last, *([axis] for axis in last)):
+            raise UnsupportedError(
+                f"ext.axes is {axes}, but the blocks of a linear run along its input features",
+                where=f"qconfig.{side}.ext.axes",
+                remedy="use -1, or leave it out",
+            )
+    size = config.act.ext.get("dual_block_size", outer_block) if config.act is not None else outer_block
+    if outer_block and size != outer_block:
+        raise UnsupportedError(
+            f"ext.dual_block_size is {size} for the activation and {outer_block} for the weight",
+            where="qconfig.act.ext.dual_block_size",
+            remedy="use one size for both",
+        )
 
 
 _DEFAULTS = {"group_size": {"gptq": 128}}

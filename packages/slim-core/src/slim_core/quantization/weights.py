@@ -10,8 +10,9 @@ from torch import Tensor
 
 from slim_core.errors import InvalidModelError
 from slim_core.quantization.affine import dequantize_groups
+from slim_core.quantization.microscaling import mx_dequantized
 
-__all__ = ["QuantizedWeight", "RowSource", "all_rows", "sqnr"]
+__all__ = ["MxWeight", "QuantizedWeight", "RowSource", "all_rows", "sqnr"]
 
 
 class RowSource(Protocol):
@@ -25,10 +26,10 @@ class RowSource(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class QuantizedWeight:
-    """Integer codes of a weight and what they mean: ``(codes - offset) * scale``.
+    """Codes of a weight and what they mean: ``(codes - offset) * scale``.
 
     Args:
-        codes: int8 ``(out, in)``.
+        codes: int8 ``(out, in)``; float8_e4m3fn for FP8, with one group and no offset.
         scale, offset: float32 ``(out, groups)``; a group is a run of ``in / groups`` columns.
         sqnr_db: signal to quantization noise in decibels; may be an estimate from a part of the rows.
     """
@@ -41,6 +42,27 @@ class QuantizedWeight:
     def dequantized(self) -> Tensor:
         """float32 ``(out, in)``."""
         return dequantize_groups(self.codes, self.scale, self.offset)
+
+
+@dataclass(frozen=True, eq=False)
+class MxWeight:
+    """A weight in a microscaling format: ``elements * 2^(exponents - 127)``, times ``outer`` if there is one.
+
+    Args:
+        elements: ``(out, in)``: float8_e4m3fn numbers (MXFP8), or uint8 codes 0..15 of E2M1 numbers (MXFP4).
+        exponents: uint8 ``(out, ceil(in / 32))``, of blocks of 32 columns.
+        sqnr_db: signal to quantization noise in decibels; may be an estimate from a part of the rows.
+        outer: float32 ``(out, outer blocks, 1)``, the outer scales of a dual-scale weight.
+    """
+
+    elements: Tensor
+    exponents: Tensor
+    sqnr_db: float
+    outer: Tensor | None = None
+
+    def dequantized(self) -> Tensor:
+        """float32 ``(out, in)``."""
+        return mx_dequantized(self.elements, self.exponents, self.outer)
 
 
 def all_rows(weight: RowSource, name: str, device: torch.device | None = None) -> Tensor:
@@ -60,9 +82,16 @@ def all_rows(weight: RowSource, name: str, device: torch.device | None = None) -
 
 
 def sqnr(exact: Tensor, approximate: Tensor) -> float:
-    """Signal to noise in decibels of a float32 matrix; infinite without noise, 0 without signal."""
-    signal = float(exact.square().sum(dtype=torch.float64))
-    noise = float((approximate - exact).square().sum(dtype=torch.float64))
+    """Signal to noise in decibels of a float32 matrix; infinite without noise, 0 without signal.
+
+    Works on a few rows at a time: the squares of all would be as large as the matrix.
+    """
+    signal = noise = 0.0
+    step = max(1, (1 << 20) // max(exact[0].numel(), 1)) if len(exact) else 1
+    for start in range(0, len(exact), step):
+        rows = exact[start : start + step]
+        signal += float(rows.square().sum(dtype=torch.float64))
+        noise += float((approximate[start : start + step].float() - rows).square_().sum(dtype=torch.float64))
     if noise == 0:
         return float("inf")
     return float(10 * torch.log10(torch.tensor(signal / noise, dtype=torch.float64))) if signal else 0.0

@@ -5,13 +5,18 @@ Each class is the immutable result of quantizing one linear. It computes what th
 """
 
 from slim_core.quantization.layers.base import QuantizedLinear, SimulatedLinear
+from slim_core.quantization.layers.floating import Fp8Dynamic, MxDynamic
 from slim_core.quantization.layers.integer import DynamicInt, MixedInt8, StaticInt8, WeightOnlyInt
+from slim_core.quantization.layers.sparse import SparseFloat
 
 __all__ = [
     "DynamicInt",
+    "Fp8Dynamic",
     "MixedInt8",
+    "MxDynamic",
     "QuantizedLinear",
     "SimulatedLinear",
+    "SparseFloat",
     "StaticInt8",
     "WeightOnlyInt",
 ]

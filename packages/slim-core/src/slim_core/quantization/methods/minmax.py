@@ -6,15 +6,12 @@ largest magnitude is found on the bit patterns: without the sign bit they order 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from functools import cache
-
 import torch
 from torch import Tensor
 
 from slim_core.errors import InvalidModelError
 from slim_core.quantization.affine import EPSILON, affine_parameters, by_groups
+from slim_core.quantization.row_blocks import decibels, for_each_block
 from slim_core.quantization.weights import QuantizedWeight, RowSource
 
 __all__ = ["minmax_weight"]
@@ -88,7 +85,7 @@ def minmax_weight(
             return 0.0, 0.0
         return _energy(exact - z, s), _energy(exact - rounded, s)
 
-    energies = _for_each_block(work, range(0, out, block))
+    energies = for_each_block(work, range(0, out, block))
     if not bool(torch.isfinite(scale).all()):
         row = int((~torch.isfinite(scale)).nonzero()[0, 0])
         raise InvalidModelError(
@@ -100,22 +97,3 @@ def minmax_weight(
 def _energy(steps: Tensor, scale: Tensor) -> float:
     """Sum of ``(steps * scale)^2``; the squares of large weights do not fit a float32."""
     return float((steps.square_().sum(-1, keepdim=True).cpu().double() * scale.cpu().double().square()).sum())
-
-
-def decibels(energies: list[tuple[float, float]]) -> float:
-    """``10 log10(signal / noise)`` of summed energies; infinite without noise."""
-    signal, noise = (sum(pair) for pair in zip(*energies, strict=True))
-    return float(10 * torch.log10(torch.tensor(signal / noise))) if noise > 0 else float("inf")
-
-
-@cache
-def _pool(threads: int) -> ThreadPoolExecutor:
-    """Threads for row blocks, kept for the life of the process; each computes alone, so blocks run side by side."""
-    return ThreadPoolExecutor(threads, "slim-rows", initializer=torch.set_num_threads, initargs=(1,))
-
-
-def _for_each_block(work: Callable[[int], tuple[float, float]], starts: range) -> list[tuple[float, float]]:
-    threads = torch.get_num_threads()
-    if threads <= 1 or len(starts) <= 1:
-        return [work(start) for start in starts]
-    return list(_pool(threads).map(work, starts))

@@ -5,12 +5,14 @@ Statistics can be merged in any order and are finalised once.
 
 from slim_core.quantization.statistics.channels import ChannelStatistics
 from slim_core.quantization.statistics.hessian import Hessian
+from slim_core.quantization.statistics.histogram import Histogram
 from slim_core.quantization.statistics.inputs import InputObserver, InputStatistics, Need
 from slim_core.quantization.statistics.ranges import TensorRange, observe_range
 
 __all__ = [
     "ChannelStatistics",
     "Hessian",
+    "Histogram",
     "InputObserver",
     "InputStatistics",
     "Need",

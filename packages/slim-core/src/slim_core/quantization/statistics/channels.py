@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from slim_core.errors import InvalidModelError
 
 __all__ = ["ChannelStatistics"]
 
@@ -16,7 +19,7 @@ class ChannelStatistics:
 
     Args:
         minimum, maximum: float32 extremes.
-        total, magnitude: float64 sums of the values and of their absolute values.
+        total, magnitude, square: float64 sums of the values, of their absolute values and of their squares.
         tokens: how many tokens were seen.
     """
 
@@ -24,6 +27,7 @@ class ChannelStatistics:
     maximum: Tensor | None = None
     total: Tensor | None = None
     magnitude: Tensor | None = None
+    square: Tensor | None = None
     tokens: int = 0
 
     def update(self, x: Tensor) -> None:
@@ -31,21 +35,77 @@ class ChannelStatistics:
         rows = x.detach().reshape(-1, x.shape[-1])
         if not len(rows):
             return
-        low, high = rows.amin(0).float(), rows.amax(0).float()
-        total = rows.sum(0, dtype=torch.float64)
-        magnitude = rows.abs().sum(0, dtype=torch.float64)
-        self._add(low, high, total, magnitude, len(rows))
+        self.merge(
+            ChannelStatistics(
+                rows.amin(0).float(),
+                rows.amax(0).float(),
+                rows.sum(0, dtype=torch.float64),
+                rows.abs().sum(0, dtype=torch.float64),
+                rows.double().square_().sum(0),
+                len(rows),
+            )
+        )
 
     def merge(self, other: ChannelStatistics) -> None:
         """Add what another one saw."""
-        if other.minimum is None or other.maximum is None or other.total is None or other.magnitude is None:
-            return
-        self._add(other.minimum, other.maximum, other.total, other.magnitude, other.tokens)
+        self.minimum = _joined(torch.minimum, self.minimum, other.minimum)
+        self.maximum = _joined(torch.maximum, self.maximum, other.maximum)
+        self.total = _joined(torch.add, self.total, other.total)
+        self.magnitude = _joined(torch.add, self.magnitude, other.magnitude)
+        self.square = _joined(torch.add, self.square, other.square)
+        self.tokens += other.tokens
 
-    def _add(self, low: Tensor, high: Tensor, total: Tensor, magnitude: Tensor, tokens: int) -> None:
-        if self.minimum is None or self.maximum is None or self.total is None or self.magnitude is None:
-            self.minimum, self.maximum, self.total, self.magnitude = low, high, total, magnitude
-        else:
-            self.minimum, self.maximum = torch.minimum(self.minimum, low), torch.maximum(self.maximum, high)
-            self.total, self.magnitude = self.total + total, self.magnitude + magnitude
-        self.tokens += tokens
+    def rescaled(self, scale: Tensor, shift: Tensor | None = None) -> ChannelStatistics:
+        """The statistics of ``(x - shift) / scale``, with a positive scale ``(channels,)``.
+
+        After a shift the sum of absolute values is not known.
+        """
+        if self.minimum is None or self.maximum is None or self.total is None or self.square is None:
+            return ChannelStatistics()
+        low, high, total, square = self.minimum, self.maximum, self.total, self.square
+        scale = scale.to(low.device)
+        exact = scale.double()
+        magnitude = self.magnitude
+        if shift is not None:
+            shift = shift.to(low.device)
+            z = shift.double()
+            low, high, magnitude = low - shift, high - shift, None
+            square = square - 2 * z * total + self.tokens * z.square()
+            total = total - self.tokens * z
+        return ChannelStatistics(
+            low / scale,
+            high / scale,
+            total / exact,
+            None if magnitude is None else magnitude / exact,
+            square / exact.square(),
+            self.tokens,
+        )
+
+    def absmax(self) -> Tensor | None:
+        """The largest absolute value of every channel, float32 ``(channels,)``; None if nothing was seen."""
+        if self.minimum is None or self.maximum is None:
+            return None
+        return torch.maximum(self.minimum.abs(), self.maximum.abs())
+
+    def mean_square(self, name: str) -> Tensor | None:
+        """``E[x^2]`` of every channel, float64 ``(channels,)``; None if nothing was seen.
+
+        Args:
+            name: the linear, for errors.
+
+        Raises:
+            InvalidModelError: NaN or infinity was observed.
+        """
+        if self.square is None:
+            return None
+        if not bool(torch.isfinite(self.square).all()):
+            raise InvalidModelError(
+                "its activations hold NaN or infinity", where=name, remedy="check the model and the calibration set"
+            )
+        return self.square / self.tokens
+
+
+def _joined(join: Callable[[Tensor, Tensor], Tensor], one: Tensor | None, other: Tensor | None) -> Tensor | None:
+    if one is None or other is None:
+        return other if one is None else one
+    return join(one, other)

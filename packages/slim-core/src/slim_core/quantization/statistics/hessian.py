@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,10 +15,17 @@ __all__ = ["Hessian"]
 
 @dataclass
 class Hessian:
-    """``total = sum over tokens of x x^T``, float32 ``(channels, channels)``; None before anything was seen."""
+    """``total = sum over tokens of x x^T``, float32 ``(channels, channels)``; None before anything was seen.
+
+    Args:
+        shared: whether several linears use it, so that what is derived from it is worth keeping.
+        derived: what methods keep for the next of these linears; dropped when more is seen.
+    """
 
     total: Tensor | None = None
     tokens: int = 0
+    shared: bool = False
+    derived: dict[Any, Any] = field(default_factory=dict[Any, Any], repr=False, compare=False)
 
     def update(self, x: Tensor) -> None:
         """Take in activations ``(..., channels)``."""
@@ -28,15 +36,35 @@ class Hessian:
             self.total = torch.zeros(rows.shape[1], rows.shape[1], device=rows.device)
         self.total.addmm_(rows.T, rows)
         self.tokens += len(rows)
+        self.derived.clear()
 
     def merge(self, other: Hessian) -> None:
         """Add what another one saw."""
         if other.total is not None:
             self.total = other.total.clone() if self.total is None else self.total + other.total
             self.tokens += other.tokens
+            self.derived.clear()
 
-    def mean(self, name: str) -> Tensor | None:
-        """``E[x x^T]`` per token, a new float32 tensor; None if nothing was seen.
+    def rescaled(self, scale: Tensor, shift: Tensor | None = None, total: Tensor | None = None) -> Hessian:
+        """The Hessian of ``(x - shift) / scale``: ``S^-1 (H - m z^T - z m^T + n z z^T) S^-1``.
+
+        Args:
+            scale, shift: ``(channels,)``.
+            total: the sum ``m`` of all tokens, needed with a shift.
+        """
+        if self.total is None:
+            return Hessian()
+        matrix = self.total.double()
+        if shift is not None:
+            assert total is not None
+            z, m = shift.to(matrix).double(), total.to(matrix)
+            cross = torch.outer(m, z)
+            matrix = matrix - cross - cross.T + self.tokens * torch.outer(z, z)
+        inverse = 1 / scale.to(matrix).double()
+        return Hessian((inverse[:, None] * matrix * inverse).float(), self.tokens, self.shared)
+
+    def checked(self, name: str) -> Tensor | None:
+        """``total``, not to be changed; None if nothing was seen.
 
         Args:
             name: the linear, for errors.
@@ -50,4 +78,9 @@ class Hessian:
             raise InvalidModelError(
                 "its activations hold NaN or infinity", where=name, remedy="check the model and the calibration set"
             )
-        return self.total / self.tokens
+        return self.total
+
+    def mean(self, name: str) -> Tensor | None:
+        """``E[x x^T]`` per token, a new float32 tensor; else as :meth:`checked`."""
+        total = self.checked(name)
+        return None if total is None else total / self.tokens

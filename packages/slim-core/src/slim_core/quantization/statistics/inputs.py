@@ -10,32 +10,45 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from slim_core.errors import InvalidModelError
 from slim_core.logging import get_logger
 from slim_core.quantization.statistics.channels import ChannelStatistics
 from slim_core.quantization.statistics.hessian import Hessian
+from slim_core.quantization.statistics.histogram import Histogram
 from slim_core.quantization.statistics.ranges import TensorRange, observe_range
+from slim_core.quantization.statistics.tokens import TokenSample
 
-__all__ = ["InputObserver", "InputStatistics", "Need"]
+__all__ = ["SAMPLED_TOKENS", "InputObserver", "InputStatistics", "Need"]
 
 _logger = get_logger(__name__)
+SAMPLED_TOKENS = 512
 
 
 class Need(StrEnum):
     """What a processor may ask to know of the inputs of a linear."""
 
     RANGE = "range"
+    SAMPLE_RANGES = "sample_ranges"
+    HISTOGRAM = "histogram"
     CHANNELS = "channels"
     HESSIAN = "hessian"
+    TOKENS = "tokens"
 
 
 @dataclass
 class InputStatistics:
-    """What was seen of one input. Only the parts that were asked for are filled; ``range`` always is."""
+    """What was seen of one input. Only the parts that were asked for are filled; ``range`` always is.
+
+    Args:
+        kept: a sample of the tokens themselves, at most :data:`SAMPLED_TOKENS`.
+    """
 
     needs: frozenset[Need] = frozenset()
     range: TensorRange = field(default_factory=TensorRange)
+    histogram: Histogram = field(default_factory=Histogram)
     channels: ChannelStatistics = field(default_factory=ChannelStatistics)
     hessian: Hessian = field(default_factory=Hessian)
+    kept: TokenSample = field(default_factory=lambda: TokenSample(SAMPLED_TOKENS))
 
     @property
     def tokens(self) -> int:
@@ -44,16 +57,44 @@ class InputStatistics:
     def update(self, x: Tensor) -> None:
         """Take in activations ``(batch, ..., channels)``."""
         self.range.merge(observe_range(x))
+        if Need.HISTOGRAM in self.needs:
+            self.histogram.update(x)
         if Need.CHANNELS in self.needs:
             self.channels.update(x)
         if Need.HESSIAN in self.needs:
             self.hessian.update(x)
+        if Need.TOKENS in self.needs:
+            self.kept.update(x)
 
     def merge(self, other: InputStatistics) -> None:
         """Add what another one saw."""
         self.range.merge(other.range)
+        self.histogram.merge(other.histogram)
         self.channels.merge(other.channels)
         self.hessian.merge(other.hessian)
+        self.kept.merge(other.kept)
+
+    def rescaled(self, scale: Tensor, shift: Tensor | None = None) -> InputStatistics:
+        """The statistics of ``(x - shift) / scale``, exactly, without looking at ``x`` again.
+
+        Extremes and sums of channels carry over and give the range of the whole; so do the Hessian and the tokens
+        kept. What is lost: the histogram, and the extremes of single samples (``aggregation_type: mean``).
+
+        Args:
+            scale, shift: float32 ``(channels,)``, the scale positive.
+        """
+        channels = self.channels.rescaled(scale, shift)
+        whole = TensorRange(samples=self.range.samples, tokens=self.range.tokens)
+        whole.sum_of_minima = whole.sum_of_maxima = float("nan")
+        if channels.minimum is not None and channels.maximum is not None:
+            whole.minimum, whole.maximum = float(channels.minimum.min()), float(channels.maximum.max())
+        return InputStatistics(
+            self.needs,
+            whole,
+            channels=channels,
+            hessian=self.hessian.rescaled(scale, shift, self.channels.total),
+            kept=self.kept.rescaled(scale, shift),
+        )
 
 
 @dataclass
@@ -76,9 +117,11 @@ class InputObserver:
     _handles: list[Any] = field(default_factory=list[Any])
     _last: tuple[weakref.ref[Tensor], str] | None = None
 
-    def watch(self, name: str, linear: nn.Module, needs: Iterable[Need] = (Need.RANGE,)) -> None:
-        """Start observing a linear."""
-        self._watched[name] = _Watched(InputStatistics(frozenset(needs)))
+    def watch(
+        self, name: str, linear: nn.Module, needs: Iterable[Need] = (Need.RANGE,), tokens: int = SAMPLED_TOKENS
+    ) -> None:
+        """Start observing a linear; of ``tokens``, where they are needed, so many are kept."""
+        self._watched[name] = _Watched(InputStatistics(frozenset(needs), kept=TokenSample(tokens)))
 
         def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             self._see(name, args[0] if args else kwargs["input"])
@@ -92,11 +135,15 @@ class InputObserver:
             leader = self._last[1]
             if watched.calls == 1 and self._may_share(name, leader):
                 watched.leader = leader
+                self._watched[leader].statistics.hessian.shared = True
             if watched.leader == leader:
                 return
         if watched.leader is not None:
             self._part(name, watched)
-        watched.statistics.update(x)
+        try:
+            watched.statistics.update(x)
+        except InvalidModelError as error:
+            raise InvalidModelError(error.what, where=error.where or name, remedy=error.remedy) from error
         self._last = (weakref.ref(x), name)
 
     def _may_share(self, name: str, leader: str) -> bool:

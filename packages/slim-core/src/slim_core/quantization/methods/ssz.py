@@ -1,0 +1,155 @@
+"""The ``ssz`` weight method: scales with the least squared error, by a grid and alternating least squares.
+
+The error may be weighted by the mean square of every input (``ext.weighted``): a first approximation of the error in
+the output of the linear, where the inputs are not correlated.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from slim_core.errors import InvalidModelError
+from slim_core.quantization.affine import EPSILON, affine_parameters, by_groups, dequantize_groups, quantize_groups
+from slim_core.quantization.row_blocks import decibels, for_each_block, rows_per_block
+from slim_core.quantization.scale_search import STEPS, search_matrix
+from slim_core.quantization.weights import QuantizedWeight, RowSource
+from slim_core.recipe.qconfig import Ext
+
+__all__ = ["SszOptions", "energy", "rounded_weight", "ssz_weight"]
+
+_linalg: Any = torch.linalg  # its members have no types
+
+
+@dataclass(frozen=True)
+class SszOptions:
+    """``steps``: least-squares steps, at most. ``weighted``: whether the error counts the inputs."""
+
+    steps: int = STEPS
+    weighted: bool = False
+
+    @classmethod
+    def of(cls, ext: Ext) -> SszOptions:
+        """From the settings of a recipe."""
+        return cls(steps=ext.get("step", STEPS), weighted=ext.get("weighted", False))
+
+
+def ssz_weight(
+    weight: RowSource,
+    *,
+    bits: int,
+    group_size: int = 0,
+    steps: int = STEPS,
+    name: str,
+    device: torch.device | None = None,
+    importance: Tensor | None = None,
+) -> QuantizedWeight:
+    """Quantize a weight symmetrically, every row or group of its columns with the scale of least squared error.
+
+    The (weighted) error of a row or group is never above that of ``minmax``.
+
+    Args:
+        weight: float matrix ``(out, in)``.
+        bits: width of the codes, at most 8.
+        group_size: columns that share a scale, a divisor of ``in``; 0: all of them.
+        steps: least-squares steps, at most.
+        name: the tensor's name, for errors.
+        device: where to compute.
+        importance: ``(in,)``, what the error of each column counts, e.g. the mean square of the input; None: the same.
+
+    Raises:
+        InvalidModelError: the weight holds NaN or infinity.
+    """
+    return rounded_weight(
+        weight,
+        bits=bits,
+        symmetric=True,
+        group_size=group_size,
+        steps=steps,
+        name=name,
+        device=device,
+        importance=importance,
+    )
+
+
+def rounded_weight(
+    weight: RowSource,
+    *,
+    bits: int,
+    symmetric: bool,
+    group_size: int = 0,
+    steps: int = STEPS,
+    name: str,
+    device: torch.device | None = None,
+    importance: Tensor | None = None,
+) -> QuantizedWeight:
+    """:func:`ssz_weight`, with or without an offset."""
+    out, width = weight.shape
+    groups = width // group_size if group_size else 1
+    codes = torch.empty(out, width, dtype=torch.int8)
+    scale, offset = torch.full((out, max(groups, 1)), EPSILON), torch.zeros(out, max(groups, 1))
+    if not out or not width:
+        return QuantizedWeight(codes, scale, offset, float("inf"))
+    block = rows_per_block(width, device)
+    where = device or torch.device("cpu")
+    counts = torch.ones(width, dtype=torch.float64) if importance is None else importance.double()
+    counts = by_groups(counts.to(where).unsqueeze(0), groups)
+
+    def work(start: int) -> tuple[float, float]:
+        rows = finite_rows(weight, start, min(start + block, out), name).to(where)
+        found = search_matrix(
+            rows, bits=bits, symmetric=symmetric, group_size=group_size, importance=importance, steps=steps
+        )
+        found = _never_above_minmax(rows, found, counts, bits, symmetric)
+        quantized = quantize_groups(rows, *found, bits)
+        codes[start : start + block] = quantized
+        scale[start : start + block], offset[start : start + block] = found
+        noise = dequantize_groups(quantized, *found).sub_(rows)
+        return energy(rows), energy(noise)
+
+    energies = for_each_block(work, range(0, out, block))
+    return QuantizedWeight(codes, scale, offset, decibels(energies))
+
+
+def finite_rows(weight: RowSource, start: int, stop: int, name: str) -> Tensor:
+    """Rows as float32; possibly a view of the file.
+
+    Raises:
+        InvalidModelError: they hold NaN or infinity.
+    """
+    rows = weight.rows(start, stop).float()
+    finite = torch.isfinite(rows.amax(1)) & torch.isfinite(rows.amin(1))
+    if not bool(finite.all()):
+        row = start + int((~finite).nonzero()[0])
+        raise InvalidModelError(
+            f"the weight holds NaN or infinity in row {row}", where=name, remedy="repair the checkpoint"
+        )
+    return rows
+
+
+def _never_above_minmax(
+    rows: Tensor, found: tuple[Tensor, Tensor], counts: Tensor, bits: int, symmetric: bool
+) -> tuple[Tensor, Tensor]:
+    """The found scales and offsets, or those of the extremes where these are better: decided in float64."""
+    groups = found[0].shape[1]
+    grouped = by_groups(rows, groups)
+    plain = affine_parameters(grouped.amin(2), grouped.amax(2), bits, symmetric)
+
+    def errors(scale: Tensor, offset: Tensor) -> Tensor:
+        levels = quantize_groups(rows, scale, offset, bits).double()
+        exact = (by_groups(levels, groups) - offset.double().unsqueeze(2)) * scale.double().unsqueeze(2)
+        return ((exact - grouped).square_() * counts).sum(2)
+
+    worse = errors(*found) > errors(*plain)
+    scale, offset = (torch.where(worse, old, new) for old, new in zip(plain, found, strict=True))
+    return scale, offset
+
+
+def energy(values: Tensor) -> float:
+    """The sum of the squares of a matrix; of its rows in float32, unless that cannot hold them."""
+    rows: Tensor = _linalg.vector_norm(values, dim=1).double()
+    total = float(rows.square().sum())
+    return total if 1e-20 < total < float("inf") else float(values.double().square_().sum())

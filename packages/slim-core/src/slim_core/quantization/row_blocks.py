@@ -1,0 +1,48 @@
+"""Working on a weight a few rows at a time, side by side on the threads that torch may use."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from typing import TypeVar
+
+import torch
+
+__all__ = ["decibels", "for_each_block", "on_one_thread", "rows_per_block"]
+
+_T = TypeVar("_T")
+_CACHE_BYTES = 1 << 20
+_DEVICE_BYTES = 1 << 26
+
+
+@cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    """Threads for row blocks, kept for the life of the process; each computes alone, so blocks run side by side."""
+    return ThreadPoolExecutor(threads, "slim-rows", initializer=torch.set_num_threads, initargs=(1,))
+
+
+def rows_per_block(width: int, device: torch.device | None) -> int:
+    """How many rows of float32 to work on at once: what fits the cache of the CPU, or what keeps a device busy."""
+    size = _CACHE_BYTES if device is None or device.type == "cpu" else _DEVICE_BYTES
+    return max(1, size // max(width * 4, 1))
+
+
+def for_each_block(work: Callable[[int], _T], starts: range) -> list[_T]:
+    """What ``work`` gives for the first row of every block, in their order."""
+    threads = torch.get_num_threads()
+    if threads <= 1 or len(starts) <= 1:
+        return [work(start) for start in starts]
+    return list(_pool(threads).map(work, starts))
+
+
+def on_one_thread(work: Callable[[], _T]) -> _T:
+    """What ``work`` gives, computed by one thread: its many small operations would only wait for each other's ends."""
+    threads = torch.get_num_threads()
+    return work() if threads <= 1 else _pool(threads).submit(work).result()
+
+
+def decibels(energies: list[tuple[float, float]]) -> float:
+    """``10 log10(signal / noise)`` of summed energies; infinite without noise."""
+    signal, noise = (sum(pair) for pair in zip(*energies, strict=True))
+    return float(10 * torch.log10(torch.tensor(signal / noise))) if noise > 0 else float("inf")
