@@ -1,0 +1,91 @@
+"""The part of the plan that concerns attentions: which become what, and what engines make of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from slim_core.errors import UnsupportedError
+from slim_core.model.attention import AttentionInfo
+from slim_core.processors.base import AttentionAssignment, AttentionRule
+from slim_core.quantization.attention import check_attention
+from slim_core.recipe import NameFilter
+
+__all__ = ["FLOAT", "PlannedAttention", "assign_attentions", "planned_attentions"]
+
+FLOAT = "FLOAT"
+
+
+@dataclass(frozen=True)
+class PlannedAttention:
+    """An attention, what it becomes, and why."""
+
+    name: str
+    becomes: str
+    reason: str
+    info: AttentionInfo
+
+
+def assign_attentions(
+    attentions: Sequence[AttentionInfo], rules: Sequence[AttentionRule]
+) -> tuple[dict[str, AttentionAssignment], list[str]]:
+    """The first rule that names an attention has it; also what is worth a warning.
+
+    Raises:
+        UnsupportedError: the model has no attention that is known, or one that cannot become what a rule says.
+    """
+    if rules and not attentions:
+        raise UnsupportedError(
+            "no attention that keeps keys and values was found in the blocks of this model",
+            where=f"spec.{rules[0].position}",
+            remedy="leave this processor out",
+        )
+    assignments: dict[str, AttentionAssignment] = {}
+    twice: dict[tuple[str, str], list[str]] = {}
+    names = [info.name for info in attentions]
+    for rule in rules:
+        for info in attentions:
+            if not rule.filter.matches(info.name):
+                continue
+            if owner := assignments.get(info.name):
+                twice.setdefault((rule.position, owner.position), []).append(info.name)
+                continue
+            check_attention(rule.form, info)
+            assignments[info.name] = AttentionAssignment(rule.form, rule.position, f"spec.{rule.position}")
+    warnings = [
+        f"spec.{later} names {len(shared)} attentions that spec.{first} has taken (first wins), e.g. {shared[0]}"
+        for (later, first), shared in twice.items()
+    ]
+    for rule in rules:
+        warnings += [
+            f"spec.{rule.position}.{side}: pattern {pattern!r} matches no attention of the decoder blocks"
+            for side, pattern in rule.filter.unmatched(names)
+        ]
+        if not any(assignment.position == rule.position for assignment in assignments.values()):
+            warnings.append(f"spec.{rule.position} quantizes no attention")
+    return assignments, warnings
+
+
+def planned_attentions(
+    attentions: Sequence[AttentionInfo],
+    assignments: Mapping[str, AttentionAssignment],
+    rules: Sequence[AttentionRule],
+) -> tuple[PlannedAttention, ...]:
+    """The attentions of a unit for the plan; none if the recipe is about linears alone."""
+    if not rules:
+        return ()
+    planned: list[PlannedAttention] = []
+    for info in attentions:
+        found = assignments.get(info.name)
+        becomes, reason = (str(found.form), found.reason) if found else (FLOAT, _why_float(info.name, rules))
+        planned.append(PlannedAttention(info.name, becomes, reason, info))
+    return tuple(planned)
+
+
+def _why_float(name: str, rules: Sequence[AttentionRule]) -> str:
+    excluded = [
+        f"spec.{rule.position}.exclude"
+        for rule in rules
+        if rule.filter.exclude and NameFilter(rule.filter.exclude).matches(name)
+    ]
+    return f"excluded by {', '.join(excluded)}" if excluded else "named by no rule"
