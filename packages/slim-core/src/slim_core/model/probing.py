@@ -9,7 +9,7 @@ between or a wrong layout of heads changes it.
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from slim_core.model.skeleton import named_modules
 from slim_core.model.subgraphs import PRIORITY, Subgraph, candidates, is_norm
 
-__all__ = ["BlockProbe", "Findings"]
+__all__ = ["BlockProbe", "Findings", "changed"]
 
 _TOKENS = 64
 _FACTORS = torch.tensor([0.25, 0.5, 1.0, 2.0, 4.0])
@@ -52,7 +52,7 @@ class BlockProbe:
         self._root = root
         self._block = block
         self._run = run
-        self._readers = dict(_matrices(root, block))
+        self._readers = dict(matrices(root, block))
         self._output, self._inputs = self._forward(self._readers)
         self._generator = torch.Generator().manual_seed(0)
 
@@ -62,14 +62,27 @@ class BlockProbe:
     def findings(self) -> Findings:
         """Everything that can be smoothed in this block."""
         found = Findings()
+        layouts: dict[tuple[str, str], int] = {}
+        idle: list[list[Subgraph]] = []
         for options in candidates(self._root, self._block):
-            proved = next((graph for graph in options if self.holds(graph)), None)
+            source = options[0].source
+            if not len(self._inputs.get(source, ())):
+                idle.append(options)
+                continue
+            proved = next((number for number, graph in enumerate(options) if self.holds(graph)), None)
             if proved is None:
-                found.refused[options[0].source] = (
+                found.refused[source] = (
                     f"scaling it and {options[0].targets[0]} against each other changes what the block computes"
                 )
             else:
-                found.subgraphs.append(proved)
+                found.subgraphs.append(options[proved])
+                layouts.setdefault(sibling(source), proved)
+        for options in idle:  # experts that no token of the sample reached are like those that were reached
+            number = layouts.get(sibling(options[0].source))
+            if number is None:
+                found.refused[options[0].source] = "it did not run"
+            else:
+                found.subgraphs.append(options[number])
         for name, module in named_modules(self._root.get_submodule(self._block)):
             if is_norm(module):
                 self._norm(f"{self._block}.{name}", module, found)
@@ -111,11 +124,14 @@ class BlockProbe:
         """
         known = set(direct)
         whole = [self._inputs[name] for name in direct]
-        leaves: set[tuple[str, str]] = set()
-        for name, x in self._inputs.items():
-            if name not in known and len(x) and any(_rows_of(x, rows) for rows in whole if rows.shape[1] == x.shape[1]):
-                leaves.add(_sibling(name))
-        return [name for name in self._readers if name not in known and _sibling(name) in leaves]
+        ran = {name: x for name, x in self._inputs.items() if len(x)}
+        some = {
+            name
+            for name, x in ran.items()
+            if name not in known and any(_rows_of(x, rows) for rows in whole if rows.shape[1] == x.shape[1])
+        }
+        leaves = {sibling(name) for name in known | some}  # all tokens may have gone to one expert
+        return [name for name in self._readers if name in some or (name not in ran and sibling(name) in leaves)]
 
     def holds(self, graph: Subgraph) -> bool:
         """Whether the block computes the same with random scales moved from the source to the targets.
@@ -153,17 +169,8 @@ class BlockProbe:
                 changes[f"{graph.source}.{part}"] = changed.to(value.dtype)
         return changes
 
-    @contextmanager
-    def _changed(self, values: Mapping[str, Tensor]) -> Generator[None]:
-        """Within this context these parameters have other values."""
-        kept = {name: self._root.get_parameter(name) for name in values}
-        try:
-            for name, value in values.items():
-                _set(self._root, name, nn.Parameter(value, requires_grad=False))
-            yield
-        finally:
-            for name, parameter in kept.items():
-                _set(self._root, name, parameter)
+    def _changed(self, values: Mapping[str, Tensor]) -> AbstractContextManager[None]:
+        return changed(self._root, values)
 
     def _forward(self, watched: Mapping[str, nn.Module]) -> tuple[Tensor, dict[str, Tensor]]:
         """The output, float32 ``(tokens, channels)``, and the first tokens of the inputs of some modules."""
@@ -189,7 +196,20 @@ class BlockProbe:
         return output.detach().reshape(-1, output.shape[-1]).float(), inputs
 
 
-def _matrices(root: nn.Module, block: str) -> Iterable[tuple[str, nn.Module]]:
+@contextmanager
+def changed(root: nn.Module, values: Mapping[str, Tensor]) -> Generator[None]:
+    """Within this context these parameters have other values."""
+    kept = {name: root.get_parameter(name) for name in values}
+    try:
+        for name, value in values.items():
+            _set(root, name, nn.Parameter(value, requires_grad=False))
+        yield
+    finally:
+        for name, parameter in kept.items():
+            _set(root, name, parameter)
+
+
+def matrices(root: nn.Module, block: str) -> Iterable[tuple[str, nn.Module]]:
     """Everything in a block that multiplies its input by a matrix ``weight`` ``(out, in)``: linears and routers."""
     for name, module in named_modules(root.get_submodule(block)):
         weight = module._parameters.get("weight")  # pyright: ignore[reportPrivateUsage]
@@ -213,7 +233,7 @@ def _scaled_norm(name: str, norm: nn.Module, scale: Tensor, plus_one: bool) -> d
     return changes
 
 
-def _sibling(name: str) -> tuple[str, str]:
+def sibling(name: str) -> tuple[str, str]:
     """Equal for the same leaf of different experts: the name without its last number, split there."""
     parts = name.split(".")
     position = max((i for i, part in enumerate(parts) if part.isdigit()), default=0)

@@ -8,26 +8,32 @@ made, which is as good: proofs hold for whatever hidden states a block is given.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from slim_core.model.probing import BlockProbe, Findings
+from slim_core.model.query_keys import KeyFindings, QueryKey, Side, find_query_key
 from slim_core.model.skeleton import named_modules
 from slim_core.model.subgraphs import Subgraph
 from slim_core.model.suspended import SuspendedForward
 from slim_core.model.units import StreamedModel, Unit
 
-__all__ = ["Structure", "discover"]
+__all__ = ["Structure", "discover", "kind_of"]
 
 
 @dataclass(frozen=True)
 class Structure:
-    """What was found, by unit."""
+    """What was found, by unit.
+
+    Args:
+        keys: where scales can move from keys to queries; empty unless it was asked for.
+    """
 
     findings: Mapping[str, Findings]
+    keys: Mapping[str, KeyFindings] = field(default_factory=dict[str, KeyFindings])
 
     def subgraphs(self) -> list[Subgraph]:
         """All of them, in the order of the units."""
@@ -38,36 +44,48 @@ class Structure:
         return {source: reason for found in self.findings.values() for source, reason in found.refused.items()}
 
 
-def discover(model: StreamedModel, example: Mapping[str, Any]) -> Structure:
+def discover(
+    model: StreamedModel,
+    example: Mapping[str, Any],
+    *,
+    query_keys: bool = False,
+    outside: StreamedModel | None = None,
+) -> Structure:
     """Find and prove the subgraphs of every block.
 
     Args:
         example: keyword arguments of the model for one short sample.
+        query_keys: also find where scales can move from keys to queries.
+        outside: where to take from what lies outside the blocks, if not from the model: another view of the same, whose
+            tensors can be had for less. Proofs hold for whatever hidden states a block is given.
 
     Raises:
         InvalidModelError: the model does not run its blocks once each, in order.
     """
-    known: dict[Any, tuple[str, Findings, Any]] = {}
+    known: dict[Any, tuple[str, Findings, KeyFindings, Any]] = {}
     found: dict[str, Findings] = {}
-    model.load(model.outside, torch.device("cpu"))
+    keys: dict[str, KeyFindings] = {}
+    around = outside or model
+    around.load(around.outside, torch.device("cpu"))
     try:
         with torch.no_grad(), SuspendedForward(model.module, model.blocks, [example]) as forward:
             forward.start()
             blocks = [unit for unit in model.units if unit.block is not None]
             for unit in blocks:
-                kind = _kind(model, unit)
+                kind = kind_of(model, unit)
                 if kind not in known:
-                    known[kind] = unit.name, *_probe(model, unit, forward)
-                first, findings, output = known[kind]
+                    known[kind] = unit.name, *_probe(model, unit, forward, query_keys)
+                first, findings, of_keys, output = known[kind]
                 found[unit.name] = _renamed(findings, first, unit.name)
+                keys[unit.name] = _renamed_keys(of_keys, first, unit.name)
                 if unit is not blocks[-1]:
                     forward.resume(0, output)
     finally:
-        model.unload(model.outside)
-    return Structure(found)
+        around.unload(around.outside)
+    return Structure(found, keys)
 
 
-def _kind(model: StreamedModel, unit: Unit) -> Any:
+def kind_of(model: StreamedModel, unit: Unit) -> Any:
     """Equal for blocks that compute alike: classes, shapes and plain settings of all modules, their index aside."""
     module = model.module.get_submodule(unit.name)
     parts: list[Any] = []
@@ -85,15 +103,33 @@ def _kind(model: StreamedModel, unit: Unit) -> Any:
 _PLACES = frozenset({"layer_idx", "layer_id", "layer_index", "layer_number", "training", "gradient_checkpointing"})
 
 
-def _probe(model: StreamedModel, unit: Unit, forward: SuspendedForward) -> tuple[Findings, Any]:
+def _probe(
+    model: StreamedModel, unit: Unit, forward: SuspendedForward, query_keys: bool
+) -> tuple[Findings, KeyFindings, Any]:
     """The findings of the block that the sample is suspended at, and what the block makes of the sample."""
     call = forward.call(0)
     model.load(unit.parameters, torch.device("cpu"))
     try:
         findings = BlockProbe(model.module, unit.name, lambda: _hidden(forward.compute(call))).findings()
-        return findings, forward.compute(call)
+        _refuse_shared(unit, findings)
+        keys = KeyFindings()
+        for info in unit.attentions if query_keys else ():
+            place = find_query_key(model, info, lambda: _hidden(forward.compute(call)))
+            if isinstance(place, str):
+                keys.refused[info.name] = place
+            else:
+                keys.found.append(place)
+        return findings, keys, forward.compute(call)
     finally:
         model.unload(unit.parameters)
+
+
+def _refuse_shared(unit: Unit, findings: Findings) -> None:
+    """The block does not show it, but values that later layers take over cannot be rescaled for this one alone."""
+    shared = {info.name for info in unit.attentions if info.shared}
+    for graph in [g for g in findings.subgraphs if g.type == "ov" and g.source.rpartition(".")[0] in shared]:
+        findings.subgraphs.remove(graph)
+        findings.refused[graph.source] = "later layers take over its values"
 
 
 def _hidden(output: Any) -> Tensor:
@@ -112,3 +148,18 @@ def _renamed(found: Findings, first: str, name: str) -> Findings:
     ]
     refused = {moved(source): reason.replace(f"{first}.", f"{name}.") for source, reason in found.refused.items()}
     return Findings(graphs, refused)
+
+
+def _renamed_keys(found: KeyFindings, first: str, name: str) -> KeyFindings:
+    def moved(module: str) -> str:
+        return name + module.removeprefix(first)
+
+    def side(one: Side) -> Side:
+        return replace(one, module=moved(one.module))
+
+    def moved_place(place: QueryKey) -> QueryKey:
+        return replace(place, attention=moved(place.attention), key=side(place.key), query=side(place.query))
+
+    return KeyFindings(
+        list(map(moved_place, found.found)), {moved(attention): why for attention, why in found.refused.items()}
+    )

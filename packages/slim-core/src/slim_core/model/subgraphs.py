@@ -49,6 +49,7 @@ class Subgraph:
         columns: int64 ``(in,)``: which of the shared scales each input column of a target belongs to.
         rows: int64 ``(scales,)``: the row of the source's weight that each scale divides; None if it is a norm.
         plus_one: the norm multiplies by ``1 + weight``.
+        head_dim: of ``ov``, how many scales belong to a head.
     """
 
     type: str
@@ -57,6 +58,7 @@ class Subgraph:
     columns: Tensor
     rows: Tensor | None = None
     plus_one: bool = False
+    head_dim: int = 0
 
     @property
     def scales(self) -> int:
@@ -150,7 +152,9 @@ def _grouped(path: str, parent: nn.Module, kv: int, width: int, source: str, tar
         return
     head_dim = kv if kv == width else _head_dim(parent, width)
     if head_dim is not None and kv % head_dim == 0:
-        yield Subgraph("ov", source, (target,), _repeated(kv, head_dim, width), torch.arange(kv))
+        columns = _repeated(kv, head_dim, width)
+        known = _head_dim(parent, width) or head_dim
+        yield Subgraph("ov", source, (target,), columns, torch.arange(kv), head_dim=known)
 
 
 def _fused(path: str, parent: nn.Module, out: int, width: int, source: str, target: str) -> Iterator[Subgraph]:
@@ -162,10 +166,11 @@ def _fused(path: str, parent: nn.Module, out: int, width: int, source: str, targ
     if width % kv:
         return
     columns = _repeated(kv, head_dim, width)
-    yield Subgraph("ov", source, (target,), columns, torch.arange(out - kv, out))
+    yield Subgraph("ov", source, (target,), columns, torch.arange(out - kv, out), head_dim=head_dim)
     groups, channel = kv // head_dim, torch.arange(kv)
     size = out // groups
-    yield Subgraph("ov", source, (target,), columns, channel // head_dim * size + size - head_dim + channel % head_dim)
+    rows = channel // head_dim * size + size - head_dim + channel % head_dim
+    yield Subgraph("ov", source, (target,), columns, rows, head_dim=head_dim)
 
 
 def _mla(path: str, parent: nn.Module, source: nn.Linear, width: int, target: str) -> list[Subgraph]:
@@ -175,7 +180,7 @@ def _mla(path: str, parent: nn.Module, source: nn.Linear, width: int, target: st
         return []
     channel = torch.arange(width)
     rows = channel // value * (nope + value) + nope + channel % value
-    return [Subgraph("ov", f"{path}.kv_b_proj", (target,), channel, rows)]
+    return [Subgraph("ov", f"{path}.kv_b_proj", (target,), channel, rows, head_dim=value)]
 
 
 def _up_down(path: str, linears: dict[str, nn.Linear]) -> list[Subgraph]:

@@ -109,22 +109,15 @@ class WeightView:
 
 
 class UnitWeights:
-    """All parameters of a unit.
+    """All parameters of a unit, those that it was given in addition included once they have a value.
 
     Args:
-        added: tensors that processors give to the unit beyond those of the checkpoint, by parameter name.
         live: whether the unit's module holds its parameters, so that edits must reach it too.
         device: where the module is.
     """
 
     def __init__(
-        self,
-        model: StreamedModel,
-        unit: Unit,
-        *,
-        added: Iterable[tuple[str, TensorMeta]] = (),
-        live: bool = False,
-        device: torch.device | None = None,
+        self, model: StreamedModel, unit: Unit, *, live: bool = False, device: torch.device | None = None
     ) -> None:
         self._model = model
         self._live = live
@@ -133,7 +126,7 @@ class UnitWeights:
             name: WeightView(model.source.meta(stored), LazyTensor(model.source, model.source.meta(stored)))
             for name, stored in unit.parameters.items()
         }
-        self._added = dict(added)
+        self._added = unit.added
 
     def __contains__(self, parameter: object) -> bool:
         return parameter in self._views
@@ -161,7 +154,17 @@ class UnitWeights:
                 value = view.stored_form().to(self._device)
                 path, _, leaf = name.rpartition(".")
                 module = self._model.module.get_submodule(path)
+                if name in self._added and leaf == "bias":
+                    value = value.to(module.get_parameter("weight").dtype)
                 setattr(module, leaf, nn.Parameter(value, requires_grad=False))
+
+    def fill(self) -> None:
+        """Make the biases zero that the unit was given but that nothing has been done to."""
+        self.apply(
+            Edit(name, value=torch.zeros(meta.shape))
+            for name, meta in self._added.items()
+            if name not in self._views and name.endswith(".bias")
+        )
 
     def _new(self, parameter: str) -> WeightView:
         if parameter not in self._added:

@@ -5,17 +5,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from slim_core.model.subgraphs import Subgraph
 from slim_core.model.weights import Edit, UnitWeights
+from slim_core.quantization.statistics import ChannelStatistics
 from slim_core.quantization.weights import RowSource
 
-__all__ = ["FLOOR", "Smoothing", "column_maxima", "edits_of", "power_scale"]
+__all__ = ["FLOOR", "Choice", "Smoothing", "SmoothingNote", "column_maxima", "edits_of", "note_of", "power_scale"]
+__all__ += ["spread_of"]
 
 FLOOR = 1e-5
 _LARGEST = 2.0**20
@@ -51,17 +54,43 @@ def column_maxima(weights: Iterable[RowSource]) -> Tensor:
 
 
 @dataclass(frozen=True, eq=False)
+class Choice:
+    """Why a scale is what it is; None is what had no part in it.
+
+    Args:
+        alpha, beta: exponents of the activations and of the weights.
+        ratio: the exponent of AWQ.
+        before, after: the error that a search found without smoothing and with its choice.
+        weight: ``B``, float32 ``(in,)``, as it was measured.
+    """
+
+    alpha: float | None = None
+    beta: float | None = None
+    ratio: float | None = None
+    before: float | None = None
+    after: float | None = None
+    weight: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
 class Smoothing:
     """What is done to a subgraph: targets see ``(x - shift) / scale``.
 
     Args:
         scale: float32 ``(scales,)``, one per shared channel.
         shift: float32 ``(in,)`` or None; only for norms.
+        choice: for the report.
     """
 
     graph: Subgraph
     scale: Tensor
     shift: Tensor | None = None
+    choice: Choice = field(default_factory=Choice)
+
+    @property
+    def changes(self) -> bool:
+        """Whether it does anything."""
+        return self.shift is not None or bool((self.scale != 1).any())
 
     @property
     def columns(self) -> Tensor:
@@ -72,11 +101,11 @@ class Smoothing:
 def edits_of(smoothing: Smoothing, weights: UnitWeights) -> tuple[Smoothing, list[Edit]]:
     """The edits that carry a smoothing out without changing what the block computes.
 
-    The weight of a norm is rounded to its dtype here and now, and the targets are multiplied by what it was really
-    divided by, so nothing is lost to rounding.
+    The weight and bias of a norm are rounded to the dtype of the weight here and now, as engines keep them, and the
+    targets are changed by what was really done to it, so nothing is lost to rounding.
 
     Returns:
-        The smoothing as it comes out (with the scale really used) and its edits.
+        The smoothing as it comes out (with the scale and shift really used) and its edits.
     """
     graph = smoothing.graph
     edits: list[Edit] = []
@@ -105,13 +134,16 @@ def _norm_edits(smoothing: Smoothing, weights: UnitWeights) -> tuple[Smoothing, 
     usable = torch.isfinite(after) & (after != 0) & (before != 0)
     scale = torch.where(usable, before / after, torch.ones_like(before))
     edits = [Edit(f"{name}.weight", value=torch.where(usable, rounded, before - one))]
-    bias = f"{name}.bias"
-    if bias in weights:
-        value = weights[bias].load().float()
-        edits.append(Edit(bias, value=(value if smoothing.shift is None else value - smoothing.shift) / scale))
-    elif smoothing.shift is not None:
-        edits.append(Edit(bias, value=-smoothing.shift / scale))
-    return replace(smoothing, scale=scale), edits
+    bias, shift = f"{name}.bias", smoothing.shift
+    value = weights[bias].load().float() if bias in weights else torch.zeros_like(scale)
+    if shift is not None:
+        kept = ((value - shift) / scale).to(view.dtype).float()
+        kept = torch.where(torch.isfinite(kept), kept, value / scale)
+        edits.append(Edit(bias, value=kept))
+        shift = value - kept * scale
+    elif bias in weights:
+        edits.append(Edit(bias, value=value / scale))
+    return replace(smoothing, scale=scale, shift=shift), edits
 
 
 def _bias_edit(target: str, shift: Tensor, weights: UnitWeights) -> Edit:
@@ -124,3 +156,85 @@ def _bias_edit(target: str, shift: Tensor, weights: UnitWeights) -> Edit:
         gain[start:stop] = (view.rows(start, stop).double() @ shift.double()).float()
     name = f"{target}.bias"
     return Edit(name, value=weights[name].load().float() + gain if name in weights else gain)
+
+
+@dataclass(frozen=True)
+class SmoothingNote:
+    """What was done to a subgraph, for the report. None is what is not known.
+
+    Args:
+        position: the processor, by its place in the recipe.
+        type, source, targets: the subgraph.
+        tokens: how many tokens its scale was made from.
+        alpha, beta, ratio, error_before, error_after: as in :class:`Choice`.
+        scale_min, scale_max: of the scale that was carried out.
+        act_spread_before, act_spread_after: how unlike the channels of the input are: the standard deviation over
+            channels of ``log2`` of their largest absolute values.
+        weight_spread_before, weight_spread_after: the same of the columns of the weights.
+        shifted: whether channels were centred.
+        skipped: why nothing was done; None if something was.
+    """
+
+    position: str
+    type: str
+    source: str
+    targets: tuple[str, ...]
+    tokens: int
+    alpha: float | None = None
+    beta: float | None = None
+    ratio: float | None = None
+    scale_min: float | None = None
+    scale_max: float | None = None
+    act_spread_before: float | None = None
+    act_spread_after: float | None = None
+    weight_spread_before: float | None = None
+    weight_spread_after: float | None = None
+    error_before: float | None = None
+    error_after: float | None = None
+    shifted: bool = False
+    skipped: str | None = None
+
+    @classmethod
+    def recalled(cls, note: Mapping[str, Any]) -> SmoothingNote:
+        """A note from its JSON form."""
+        fields: dict[str, Any] = {**note, "targets": tuple(note["targets"])}
+        return cls(**fields)
+
+
+def note_of(done: Smoothing, channels: ChannelStatistics, position: str) -> SmoothingNote:
+    """The note of a smoothing.
+
+    Args:
+        channels: what was known of the input before it.
+        position: the processor.
+    """
+    columns, choice = done.columns.cpu(), done.choice
+    before, after = channels.absmax(), channels.rescaled(columns, done.shift).absmax()
+    weight = choice.weight
+    return SmoothingNote(
+        position,
+        done.graph.type,
+        done.graph.source,
+        done.graph.targets,
+        channels.tokens,
+        choice.alpha,
+        choice.beta,
+        choice.ratio,
+        float(done.scale.min()),
+        float(done.scale.max()),
+        spread_of(before),
+        spread_of(after),
+        spread_of(weight),
+        None if weight is None else spread_of(weight.cpu() * columns),
+        choice.before,
+        choice.after,
+        done.shift is not None,
+    )
+
+
+def spread_of(maxima: Tensor | None) -> float | None:
+    """How unlike channels are: the standard deviation of ``log2`` of their maxima; None if all are zero or unknown."""
+    if maxima is None:
+        return None
+    alive = maxima[maxima > 0].double().log2()
+    return float(alive.std(correction=0)) if len(alive) else None

@@ -1,0 +1,252 @@
+"""What the smoothing processors share: which subgraphs are theirs, and how a scale is carried out and made known."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import Field, field_validator
+
+from slim_core.errors import UnsupportedError
+from slim_core.logging import get_logger
+from slim_core.model.structure import Structure
+from slim_core.model.subgraphs import SUBGRAPH_TYPES, Subgraph
+from slim_core.model.units import Addition, LinearInfo, StreamedModel
+from slim_core.processors.base import Assignment, Processor, StateChange, UnitWork
+from slim_core.quantization.smoothing import Smoothing, SmoothingNote, edits_of, note_of
+from slim_core.quantization.statistics import InputStatistics, Need
+from slim_core.recipe import Exclude, Include, NameFilter, Phase, ProcessorConfig
+
+__all__ = ["Smoother", "SmootherConfig", "SubgraphConfig", "SubgraphType", "is_routed", "seen_by"]
+
+_logger = get_logger(__name__)
+SubgraphType = Literal["norm-linear", "linear-linear", "ov", "up-down"]
+
+
+class SmootherConfig(ProcessorConfig):
+    """Which subgraphs are smoothed. Patterns name their *source*: the norm, ``v_proj``, ``up_proj``."""
+
+    phase = Phase.SMOOTHING
+
+    include: Include = Field(default=(), description="Patterns of sources to smooth; empty means all")
+    exclude: Exclude = Field(default=(), description="Patterns of sources to leave alone; wins over include")
+
+    @field_validator("include", "exclude", mode="before")
+    @classmethod
+    def _none_is_empty(cls, value: Any) -> Any:
+        return () if value is None else value
+
+
+class SubgraphConfig(SmootherConfig):
+    """A smoother that knows all types of subgraphs."""
+
+    enable_subgraph_type: tuple[SubgraphType, ...] = Field(
+        default=SUBGRAPH_TYPES, description="Types of subgraphs to smooth. Default: all"
+    )
+
+
+class Smoother(Processor, ABC):
+    """Base of the smoothing processors: a subclass chooses the scale of a subgraph."""
+
+    config: Any
+    needs: ClassVar[frozenset[Need]] = frozenset({Need.CHANNELS})
+    """What must be known of the inputs of the targets."""
+
+    def __init__(self, config: Any, position: str) -> None:
+        super().__init__(config, position)
+        self._graphs: dict[str, list[Subgraph]] = {}
+        self._notes: list[str] = []
+        self._shifted: set[str] = set()
+        self._latent: set[str] = set()
+        self._model_dtype: torch.dtype | None = None
+
+    @property
+    def types(self) -> Collection[str]:
+        """The types of subgraphs that it smooths."""
+        return getattr(self.config, "enable_subgraph_type", SUBGRAPH_TYPES)
+
+    @property
+    def shifts(self) -> bool:
+        """Whether it also centres the inputs of linears behind a norm."""
+        return False
+
+    @property
+    def reshapes(self) -> bool:
+        return True
+
+    @property
+    def uses_structure(self) -> bool:
+        return True
+
+    def adopt(self, structure: Structure, model: StreamedModel) -> None:
+        chosen = NameFilter(self.config.include, self.config.exclude)
+        known = structure.subgraphs()
+        self._graphs = {
+            unit: [g for g in found.subgraphs if g.type in self.types and chosen.matches(g.source)]
+            for unit, found in structure.findings.items()
+        }
+        self._note(structure, chosen)
+        if not known:
+            raise UnsupportedError(
+                "no subgraph of this model can be smoothed",
+                where=f"spec.{self.position}",
+                remedy="leave this processor out; the reasons: " + _some(structure.refused()),
+            )
+        self._linears = {info.name: info for unit in model.units for info in unit.linears}
+        self._parameters = {name for unit in model.units for name in unit.parameters}
+        self._latent = {info.name for unit in model.units for info in unit.attentions if info.latent}
+        self._widths = {g.source: len(g.columns) for graphs in self._graphs.values() for g in graphs}
+        if self.shifts:
+            self._choose_shifts()
+
+    def _note(self, structure: Structure, chosen: NameFilter) -> None:
+        sources = [g.source for g in structure.subgraphs()]
+        for side, pattern in chosen.unmatched(sources):
+            self._notes.append(
+                f"spec.{self.position}.{side}: pattern {pattern!r} matches no source of a subgraph; sources are norms, "
+                "v_proj and up_proj, e.g. " + ", ".join(sources[:3])
+            )
+        refused = {s: reason for s, reason in structure.refused().items() if chosen.matches(s)}
+        if refused:
+            self._notes.append(f"spec.{self.position} cannot smooth {len(refused)} places: {_some(refused)}")
+        if not any(self._graphs.values()):
+            self._notes.append(f"spec.{self.position} smooths nothing")
+
+    def _choose_shifts(self) -> None:
+        """The norms that are shifted: those whose readers can all take a bias.
+
+        Routers cannot; nor can the expansion of a latent, which engines take apart without it.
+        """
+        left: dict[str, str] = {}
+        for graph in (graph for graphs in self._graphs.values() for graph in graphs if graph.type == "norm-linear"):
+            odd = next((one for one in graph.targets if one not in self._linears or self._latent_of(one)), None)
+            if odd is None:
+                self._shifted.add(graph.source)
+            else:
+                left[graph.source] = odd
+        if left:
+            source, reader = next(iter(left.items()))
+            self._notes.append(
+                f"spec.{self.position}: {len(left)} norms are not shifted, because something that reads them has no "
+                f"place for a bias, e.g. {reader} behind {source}"
+            )
+
+    def _latent_of(self, linear: str) -> str | None:
+        """The attention that caches the input of this linear as its keys and values."""
+        attention, _, leaf = linear.rpartition(".")
+        return attention if leaf == "kv_b_proj" and attention in self._latent else None
+
+    def notes(self) -> list[str]:
+        return self._notes
+
+    def requests(
+        self, linears: Sequence[LinearInfo], assignments: Mapping[str, Assignment]
+    ) -> Mapping[str, frozenset[Need]]:
+        return {name: self.needs for name in self.rescales() if name in self._linears}
+
+    def rescales(self) -> Collection[str]:
+        return {target for graphs in self._graphs.values() for graph in graphs for target in graph.targets}
+
+    def changes_states(self) -> Collection[StateChange]:
+        every = [graph for graphs in self._graphs.values() for graph in graphs]
+        owners = {graph.source.rpartition(".")[0] for graph in every if graph.type == "ov"} - self._latent
+        changes = {StateChange(attention, "value") for attention in owners}
+        for attention in {self._latent_of(target) for graph in every for target in graph.targets} - {None}:
+            assert attention is not None
+            changes |= {StateChange(attention, state) for state in ("query", "key", "value")}
+        return changes
+
+    def additions(self) -> list[Addition]:
+        wanted = [
+            Addition(f"{source}.bias", torch.float32, (self._widths[source],)) for source in sorted(self._shifted)
+        ]
+        for graphs in self._graphs.values():
+            for graph in graphs:
+                if graph.source in self._shifted:
+                    wanted += [
+                        Addition(f"{target}.bias", torch.float32, (self._linears[target].out_features,))
+                        for target in graph.targets
+                    ]
+        return [addition for addition in wanted if addition.parameter not in self._parameters]
+
+    def process(self, work: UnitWork) -> None:
+        skipped: dict[str, list[str]] = {}
+        for graph in self._graphs.get(work.name, ()):
+            seen = seen_by(graph, work)
+            if (reason := _nothing_in(seen)) is not None:
+                skipped.setdefault(reason, []).append(graph.source)
+                work.note(SmoothingNote(self.position, graph.type, graph.source, graph.targets, 0, skipped=reason))
+                continue
+            smoothing = self.choose(graph, seen, work)
+            if smoothing is not None:
+                done = carry_out(smoothing, work) if smoothing.changes else smoothing
+                work.note(note_of(done, seen.channels, self.position))
+        for reason, sources in skipped.items():
+            _logger.warning("%s: these are not smoothed, because %s: %s", work.name, reason, ", ".join(sources))
+
+    @abstractmethod
+    def choose(self, graph: Subgraph, seen: InputStatistics, work: UnitWork) -> Smoothing | None:
+        """The scale (and shift) of a subgraph; None to leave it alone.
+
+        Args:
+            seen: statistics of the input of its targets.
+        """
+
+    def is_shifted(self, graph: Subgraph) -> bool:
+        """Whether the inputs of this subgraph are centred."""
+        return graph.source in self._shifted
+
+
+def is_routed(module: str, unit: str) -> bool:
+    """Whether a module of a unit is one of several alike, as experts are, and may see only some of the tokens."""
+    return any(part.isdigit() for part in module.removeprefix(f"{unit}.").split("."))
+
+
+def seen_by(graph: Subgraph, work: UnitWork) -> InputStatistics:
+    """What was observed of the input of a subgraph's targets.
+
+    Where only experts read it, each has seen the tokens that were routed to it; together they have seen all.
+    """
+    whole = [work.seen(target) for target in graph.targets if not is_routed(target, work.name)]
+    whole = sorted((seen for seen in whole if seen.tokens), key=lambda seen: (seen.tokens, seen.kept.seen))
+    if whole:
+        return whole[-1]
+    parts = {id(seen): seen for target in graph.targets if (seen := work.seen(target)).tokens}
+    if len(parts) == 1:
+        return next(iter(parts.values()))
+    pooled = InputStatistics()
+    for part in parts.values():
+        pooled.range.merge(part.range)
+        pooled.channels.merge(part.channels)
+        pooled.kept.merge(part.kept)
+    return pooled
+
+
+def _nothing_in(seen: InputStatistics) -> str | None:
+    """Why there is nothing to be learnt from what was observed."""
+    if not seen.tokens:
+        return "no token reached their readers"
+    largest = seen.channels.absmax()
+    return "only zeros reached their readers" if largest is not None and not bool(largest.any()) else None
+
+
+def carry_out(smoothing: Smoothing, work: UnitWork) -> Smoothing:
+    """Change the weights of a subgraph, all of them or none, and what is known of the inputs behind it.
+
+    Returns:
+        The smoothing as it came out.
+    """
+    assert work.weights is not None
+    done, edits = edits_of(smoothing, work.weights)
+    work.weights.apply(edits)
+    work.rescale(done.graph.targets, done.columns, done.shift)
+    if done.graph.type == "ov":
+        work.rescale_states(done.graph.source.rpartition(".")[0], "value", 1 / done.scale)
+    return done
+
+
+def _some(reasons: Mapping[str, str]) -> str:
+    listed = [f"{source}: {reason}" for source, reason in list(reasons.items())[:3]]
+    return "; ".join(listed) + ("; ..." if len(reasons) > len(listed) else "") if listed else "none were found"
