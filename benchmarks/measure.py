@@ -14,7 +14,7 @@ from pathlib import Path
 __all__ = ["Cost", "quantize", "run_python", "show"]
 
 _WORKER = """
-import json, os, sys
+import json, os, sys, time
 import matplotlib.backends.backend_svg, torch
 import slim_llm.quantize
 from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
@@ -37,21 +37,26 @@ request = QuantRequest(
     model_path=model, save_path=out, model_type="benchmark", config_path=recipe, device="cpu", overwrite=True
 )
 chosen, service = choose_recipe(request, lambda question: True)
+began = time.process_time()
 result = service.quantize(request, chosen, SilentProgress())
-told = {"imports": imports, "peak": peak_memory()}
+told = {"imports": imports, "peak": peak_memory(), "run_cpu": time.process_time() - began}
 print(json.dumps({**told, "run_seconds": result.seconds, "forwards": result.block_forwards}))
 """
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What a whole process took. Memory in MiB; ``growth`` is the peak beyond what was there before the run."""
+    """What a whole process took. Memory in MiB; ``growth`` is the peak beyond what was there before the run.
+
+    ``run_seconds`` and ``run_cpu`` are the run itself, without imports; the latter with its plan.
+    """
 
     wall: float
     cpu: float
     peak: float
     growth: float
     run_seconds: float
+    run_cpu: float
     forwards: int
 
 
@@ -78,6 +83,7 @@ def run_python(code: str, *arguments: str, environment: dict[str, str] | None = 
         peak=peak,
         growth=peak - told.get("imports", 0) / 2**20,
         run_seconds=told.get("run_seconds", 0.0),
+        run_cpu=told.get("run_cpu", 0.0),
         forwards=int(told.get("forwards", 0)),
     )
     return told, cost

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import pytest
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
+OLD = Path(__file__).parents[1] / "packages" / "slim-llm" / "tests" / "v0" / "recipes" / "qwen2-72b-w8a8.yaml"
 
 
 def _slim(arguments: list[str]) -> int | None:
@@ -63,6 +64,11 @@ RECIPE = ("--config_path", EXAMPLES / "w8a8-dynamic.yaml")
         (["practices", "show", "qwen3-w8a8"], 0),
         (["practices", "match", "Qwen3-8B", "--quant-type", "w8a16", "--tag", "x"], 0),
         (["practices", "show", "nothing-like-it"], 1),
+        (["recipe", "check", EXAMPLES / "w8a8-dynamic.yaml"], 0),
+        (["recipe", "check", OLD], 0),
+        (["recipe", "migrate", OLD], 0),
+        (["recipe", "migrate", OLD, "--output", OLD], 1),
+        (["recipe", "migrate", EXAMPLES / "w8a8-dynamic.yaml"], 1),
     ],
 )
 def test_both_commands_say_the_same(arguments: list[object], status: int) -> None:

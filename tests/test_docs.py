@@ -8,37 +8,36 @@ import shlex
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 import yaml
+from pydantic import BaseModel
 from safetensors.torch import load_file, save_file
+from typing_extensions import is_typeddict
 
 from slim_core.errors import SlimError
 from slim_core.model.units import StreamedModel
 from slim_core.options import options_of
-from slim_core.processors.group import GroupConfig
-from slim_core.processors.linear_quant import LinearQuantConfig
 from slim_core.progress import SilentProgress
 from slim_core.quantization.affine import dequantize, quantize
 from slim_core.quantization.kinds import LayerKind
 from slim_core.recipe import (
     DatasetConfig,
-    LinearQConfig,
     Metadata,
     PriorStage,
-    QConfig,
     SpecV1,
     forget_plugins,
     load_recipe,
+    plugin_names,
     recipe_from_dict,
 )
-from slim_core.recipe.qconfig import METHODS, Ext
+from slim_core.recipe.plugins import PluginConfig
+from slim_core.recipe.qconfig import METHODS
 from slim_core.recipe.schema import Label
-from slim_core.savers.ascendv1 import AscendV1SaverConfig
 from slim_core.savers.ascendv1_folder import AscendV1Folder
-from slim_core.service import EvalRequest, QuantRequest, find_service
+from slim_core.service import EvalRequest, Migrator, QuantRequest, find_service
 
 ROOT = Path(__file__).parents[1]
 PLUGIN = ROOT / "examples" / "plugin"
@@ -131,38 +130,71 @@ def recipes() -> list[Any]:
 @pytest.mark.parametrize("code", recipes())
 def test_recipes_parse(code: str) -> None:
     recipe = recipe_from_dict(yaml.safe_load(code))
-    find_service(recipe.apiversion)
+    service = find_service(recipe.apiversion)
+    if isinstance(service, Migrator):
+        recipe = service.migrate(recipe).recipe
     recipe.spec()
+
+
+def test_the_migrated_recipe_is_what_slim_prints(tmp_path: Path) -> None:
+    """docs/migrating.md shows an old recipe and, right below it, what becomes of it."""
+    old, new, *_ = blocks("docs/migrating.md", "yaml")
+    (tmp_path / "old.yaml").write_text(old, "utf-8")
+    recipe = load_recipe(tmp_path / "old.yaml")
+    service = find_service(recipe.apiversion)
+    assert isinstance(service, Migrator)
+    assert service.migrate(recipe).text() == new
 
 
 def refusal(path: Path) -> str:
     """What the command says of a broken recipe."""
     try:
         recipe = load_recipe(path)
-        find_service(recipe.apiversion, where=f"{path}: apiversion")
+        service = find_service(recipe.apiversion, where=f"{path}: apiversion")
+        if isinstance(service, Migrator):
+            recipe = service.migrate(recipe).recipe
         recipe.spec()
     except SlimError as error:
         return f"error {error.code} {type(error).__name__}: {error}"
     return "no error"
 
 
-@pytest.mark.parametrize("page", ["docs/recipes.md"])
-def test_error_examples_are_what_slim_says(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("page", "least"), [("docs/recipes.md", 5), ("docs/migrating.md", 1)])
+def test_error_examples_are_what_slim_says(
+    page: str, least: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     pairs = _REFUSED.findall(read(page))
-    assert len(pairs) >= 5
+    assert len(pairs) >= least
     for code, message in pairs:
         Path("recipe.yaml").write_text(code, "utf-8")
         assert refusal(Path("recipe.yaml")) == message.rstrip("\n")
 
 
+def fields_of(model: Any) -> Iterator[str]:
+    """Names of the fields of a model and of the models inside it; of the settings in ``ext`` too."""
+    for name, field in model.model_fields.items():
+        yield name
+        waiting = [field.annotation]
+        while waiting:
+            kind = waiting.pop()
+            if isinstance(kind, type) and issubclass(kind, BaseModel):
+                yield from fields_of(kind)
+            elif is_typeddict(kind):
+                yield from kind.__annotations__
+            else:
+                waiting += get_args(kind)
+
+
 def test_every_field_is_described() -> None:
-    """docs/recipes.md names every field that a recipe can have, and every layer that comes of it."""
-    models: list[Any] = [SpecV1, Metadata, DatasetConfig, QConfig, LinearQConfig, PriorStage]
-    models += [LinearQuantConfig, GroupConfig, AscendV1SaverConfig]
-    names = {name for model in models for name in model.model_fields}
-    names |= Ext.__annotations__.keys() | Label.__annotations__.keys() | set(METHODS) | set(LayerKind) - {"FLOAT"}
-    words = set(re.findall(r"\w+", " ".join(re.findall(r"`[^`\n]+`", prose("docs/recipes.md")))))
+    """The pages on recipes name every field that one can have, every processor, and every layer that comes of it."""
+    names = {name for model in (SpecV1, Metadata, DatasetConfig, PriorStage) for name in fields_of(model)}
+    for group in ("slim.processors", "slim.savers"):
+        for plugin in plugin_names(group):
+            names |= {plugin, *fields_of(PluginConfig(group).config_class(plugin))}
+    names |= Label.__annotations__.keys() | set(METHODS) | set(LayerKind) - {"FLOAT"}
+    text = "".join(map(prose, ("docs/recipes.md", "docs/processors.md", "docs/outlier-suppression.md")))
+    words = set(re.findall(r"\w+", " ".join(re.findall(r"`[^`\n]+`", text))))
     assert names - words == set()
 
 

@@ -78,7 +78,6 @@ def quantize(model: StreamedModel, out: Path, progress: Any = None, *, resume: b
         write_report(folder, plan, result, title="tiny", debug=True)
 
     return run_plan(
-        model,
         plan,
         out,
         fingerprint="f",

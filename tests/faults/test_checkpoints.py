@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 MODEL, UNSUPPORTED, SECURITY = "201 InvalidModelError", "301 UnsupportedError", "204 SecurityError"
 UP = "model.layers.1.mlp.up_proj.weight"
@@ -116,7 +116,7 @@ def float8_unannounced(w) -> None:
     w.change(lambda t: t.update({UP: t[UP].to(torch.float8_e4m3fn)}))
 
 
-def experts(w) -> None:
+def missing_expert(w) -> None:
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
     moe = Qwen3MoeConfig(
@@ -133,6 +133,9 @@ def experts(w) -> None:
         decoder_sparse_step=1,
     )
     Qwen3MoeForCausalLM(moe).save_pretrained(w.model)
+    tensors = load_file(w.weights)
+    del tensors["model.layers.0.mlp.experts.1.up_proj.weight"]
+    save_file(tensors, w.weights)
 
 
 def duplicate_in_header(w) -> None:
@@ -276,7 +279,13 @@ CONFIG = {
         "{model}",
         "start from the original",
     ),
-    "experts": (experts, UNSUPPORTED, "mixture-of-experts", "{model}", "use a dense model"),
+    "missing expert": (
+        missing_expert,
+        MODEL,
+        "1 expert tensors are not in the checkpoint, among them 'model.layers.0.mlp.experts.1.up_proj.weight'",
+        "{model}",
+        "a shard is missing",
+    ),
     "block of one number": (
         config(quantization_config={"quant_method": "fp8", "weight_block_size": [128]}),
         MODEL,

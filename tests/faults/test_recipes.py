@@ -331,11 +331,11 @@ UNAVAILABLE = {
         "use 'minmax' or 'ssz'",
     ),
     "a processor to come": (
-        edit("type: linear_quant", "type: iter_smooth"),
+        edit("type: linear_quant", "type: flatquant"),
         SCHEMA,
-        "no installed package provides the processor 'iter_smooth'",
+        "no installed package provides the processor 'flatquant'",
         f"{{recipe}}:9: {PROCESS}.type",
-        "installed: group, linear_quant",
+        "installed: adapt_rotation, autoround_quant",
     ),
     "a saver to come": (
         edit("type: ascendv1_saver", "type: mindie_format_saver"),
@@ -354,9 +354,9 @@ UNAVAILABLE = {
     "prior stage": (
         edit("  save:", "  prior:\n    - process: [{type: linear_quant, qconfig: {weight: {}}}]\n  save:"),
         UNSUPPORTED,
-        "prior stages are not carried out",
-        "spec.prior",
-        "leave the stage out",
+        "linear_quant learns nothing",
+        "spec.prior[0].process[0]",
+        "move it to process",
     ),
     "two savers": (
         edit("  save:\n", "  save:\n    - type: ascendv1_saver\n"),
@@ -388,10 +388,10 @@ UNAVAILABLE = {
     ),
     "modelslim_v0": (
         edit("modelslim_v1", "modelslim_v0"),
-        UNSUPPORTED,
-        "apiversion 'modelslim_v0' is served by the package slim-llm",
-        "{recipe}: apiversion",
-        "pip install",
+        SCHEMA,
+        "unknown field",
+        "{recipe}:8: spec.process",
+        "fields: anti_cfg, anti_params, calib_cfg",
     ),
     "vision-language": (
         edit("modelslim_v1", "multimodal_vlm_modelslim_v1"),

@@ -20,7 +20,8 @@ def test_eval_scores_both(slim, quant, model: Path, tmp_path: Path) -> None:
     header, perplexity, *rest = found.stdout.splitlines()
     assert header.split() == ["original", "quantized"]
     assert perplexity.split()[0] == "perplexity"
-    assert [line.split("  ")[0] for line in rest] == ["ratio", "KL divergence (nats)", "top-1 agreement", "tokens"]
+    measures = ["ratio", "KL divergence (nats)", "top-1 agreement", "logits SQNR (dB)", "tokens"]
+    assert [line.split("  ")[0] for line in rest] == measures
     written = json.loads(scores.read_text())
     assert written["tokens"] == 126
     assert written["ratio"] == pytest.approx(written["quantized_perplexity"] / written["perplexity"])

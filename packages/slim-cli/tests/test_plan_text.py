@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 from slim_core.devices import Devices
 from slim_core.quantization.kinds import LayerKind
 from slim_core.runners.choice import RunnerChoice
@@ -17,6 +19,7 @@ def _linear(name: str, kind: LayerKind = LayerKind.W8A8, reason: str = "spec.pro
 
 def _plan(units: list[PlannedUnit], warnings: list[str] | None = None) -> Plan:
     return Plan(
+        model=cast("Any", None),
         runner=RunnerChoice("layer_wise", "because"),
         devices=Devices("cpu"),
         processors=[],

@@ -45,6 +45,57 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "glm4": ("Glm4Config", {}),
     "olmo2": ("Olmo2Config", {}),
 }
+# Mixtures of experts. Twice the inner size is never the hidden size, so the matrices of a stack are not square.
+MLA: dict[str, Any] = {
+    "num_key_value_heads": 4,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 8,
+    "n_shared_experts": 1,
+    "first_k_dense_replace": 1,
+    "n_group": 2,
+    "topk_group": 1,
+}
+FOUR = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+FAMILIES |= {
+    "qwen2_moe": ("Qwen2MoeConfig", FOUR | {"shared_expert_intermediate_size": 40}),
+    "qwen3_moe": ("Qwen3MoeConfig", FOUR | {"mlp_only_layers": [1]}),
+    "qwen3_next": (
+        "Qwen3NextConfig",
+        FOUR
+        | {"shared_expert_intermediate_size": 40, "linear_num_key_heads": 2, "linear_num_value_heads": 4}
+        | {"linear_key_head_dim": 8, "linear_value_head_dim": 8}
+        | {"layer_types": ["linear_attention", "linear_attention", "full_attention"]},
+    ),
+    "mixtral": ("MixtralConfig", {"num_local_experts": 4}),
+    "minimax_m2": ("MiniMaxM2Config", {"num_local_experts": 4, "num_experts_per_tok": 2, "rotary_dim": 4}),
+    "deepseek_v2": ("DeepseekV2Config", MLA | FOUR | {"n_routed_experts": 4, "topk_method": "group_limited_greedy"}),
+    "deepseek_v3": ("DeepseekV3Config", MLA | FOUR | {"n_routed_experts": 8, "num_experts_per_tok": 4}),
+    "glm4_moe": (
+        "Glm4MoeConfig",
+        FOUR | {"n_routed_experts": 4, "n_shared_experts": 1, "first_k_dense_replace": 1, "n_group": 1},
+    ),
+    "olmoe": ("OlmoeConfig", {"num_experts": 4, "num_experts_per_tok": 2}),
+    "gpt_oss": ("GptOssConfig", {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 8}),
+    "llama4": ("Llama4TextConfig", {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size_mlp": 40}),
+    "phimoe": ("PhimoeConfig", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "longcat": (
+        "LongcatFlashConfig",
+        MLA
+        | {"num_layers": 2, "ffn_hidden_size": 40, "expert_ffn_hidden_size": 24, "n_routed_experts": 4}
+        | {"zero_expert_num": 2, "moe_topk": 3, "num_hidden_layers": None},
+    ),
+    "jetmoe": ("JetMoeConfig", {"num_local_experts": 4, "num_experts_per_tok": 2, "kv_channels": 8}),
+    "nemotron_h": (
+        "NemotronHConfig",
+        FOUR
+        | {"n_routed_experts": 4, "layers_block_type": ["mamba", "moe", "attention"], "moe_latent_size": None}
+        | {"n_groups": 2, "mamba_num_heads": 4, "mamba_head_dim": 16, "ssm_state_size": 8, "num_hidden_layers": None}
+        | {"moe_shared_expert_intermediate_size": 40},
+    ),
+}
 TEXTS = (
     "A generator is a function that returns an iterator.",
     "The with statement wraps the execution of a block with methods defined by a context manager, which is convenient.",
@@ -74,7 +125,8 @@ SCHEMES: dict[str, dict[str, Any]] = {
 
 def build(family: str, dtype: torch.dtype, folder: Path) -> None:
     name, options = FAMILIES[family]
-    config = getattr(transformers, name)(**{**SMALL, **options})
+    settings = {key: value for key, value in {**SMALL, **options}.items() if value is not None}
+    config = getattr(transformers, name)(**settings)
     torch.manual_seed(sum(map(ord, family)))
     model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     with torch.no_grad():
@@ -83,6 +135,9 @@ def build(family: str, dtype: torch.dtype, folder: Path) -> None:
                 parameter.normal_(1.0 if path.endswith("norm.weight") else 0.0, 0.3)
             else:
                 parameter.normal_(0.0, 0.2)
+        for path, buffer in model.named_buffers():
+            if path.endswith("score_correction_bias"):
+                buffer.normal_(0.0, 0.1)
     model.save_pretrained(folder)
     for file in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(TOKENIZER / file, folder / file)

@@ -42,12 +42,16 @@ def evaluate(model: Path, text: Path, quantized: Path | None = None, **options: 
     return LlmService().evaluate(request, SilentProgress())
 
 
-def direct(*models: Any, windows: int | None = None) -> tuple[int, list[float], float, float]:
-    """Tokens, perplexity of each model, KL(first || last) and how often both put the same token first."""
+def token_windows() -> list[list[int]]:
     ids = AutoTokenizer.from_pretrained(Path(__file__).parents[3] / "examples" / "tiny-qwen3")(TEXT)["input_ids"]
     parts = [ids[i : i + LENGTH] for i in range(0, len(ids), LENGTH)]
+    return [part for part in parts if len(part) > 1]
+
+
+def direct(*models: Any, windows: int | None = None) -> tuple[int, list[float], float, float]:
+    """Tokens, perplexity of each model, KL(first || last) and how often both put the same token first."""
     losses, divergence, same, count = [0.0] * len(models), 0.0, 0, 0
-    for part in [part for part in parts if len(part) > 1][:windows]:
+    for part in token_windows()[:windows]:
         with torch.no_grad():
             logs = [
                 functional.log_softmax(
@@ -62,6 +66,18 @@ def direct(*models: Any, windows: int | None = None) -> tuple[int, list[float], 
         divergence += float((logs[0].exp() * (logs[0] - logs[-1])).sum())
         same += int((logs[0].argmax(-1) == logs[-1].argmax(-1)).sum())
     return count, [math.exp(loss / count) for loss in losses], divergence / count, same / count
+
+
+def logits_sqnr(plain: Any, deployed: Any) -> float:
+    """Decibels, over all predicted tokens; what all logits of a token share says nothing."""
+    signal = noise = 0.0
+    for window in map(torch.tensor, token_windows()):
+        with torch.no_grad():
+            exact, other = (model(input_ids=window[None]).logits[0, :-1].float() for model in (plain, deployed))
+        difference = other - exact
+        signal += float((exact - exact.mean(-1, keepdim=True)).square().sum())
+        noise += float((difference - difference.mean(-1, keepdim=True)).square().sum())
+    return 10 * math.log10(signal / noise)
 
 
 def load(folder: Path, dtype: torch.dtype) -> Any:
@@ -84,6 +100,7 @@ def test_float_and_quantized_perplexity(
     assert result.kl_divergence > 1e-4
     assert result.top1_agreement == pytest.approx(agreement)
     assert result.ratio == pytest.approx(quantized / perplexity, rel=1e-4)
+    assert result.logits_sqnr_db == pytest.approx(logits_sqnr(plain, deployed), abs=0.05)
 
 
 @pytest.mark.parametrize(
@@ -129,6 +146,7 @@ def test_a_copy_diverges_by_nothing(
     scores = evaluate(model_folder(family), text, tmp_path / "copy")
     assert scores.kl_divergence == 0.0
     assert scores.top1_agreement == 1.0
+    assert scores.logits_sqnr_db == math.inf
     assert scores.quantized_perplexity == scores.perplexity
 
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 from slim_core.checkpoint.source import TensorMeta
 from slim_core.checkpoint.writer import lay_out
 from slim_core.model.units import LinearInfo, StreamedModel
-from slim_core.processors.base import Assignment
+from slim_core.processors.base import Assignment, AttentionAssignment, Extras
 from slim_core.quantization.layers import QuantizedLinear
 from slim_core.recipe import SaverConfig
 from slim_core.savers.base import Output, PlannedTensor, Saver
@@ -29,7 +30,12 @@ class FloatSaver(Saver):
 
     Config = FloatSaverConfig
 
-    def declare(self, model: StreamedModel, assignments: Mapping[str, Assignment]) -> Output:
+    def declare(
+        self,
+        model: StreamedModel,
+        assignments: Mapping[str, Assignment],
+        attentions: Mapping[str, AttentionAssignment] = MappingProxyType({}),
+    ) -> Output:
         tensors: list[PlannedTensor] = []
         self._metas: dict[str, TensorMeta] = {}
         for unit in model.units:
@@ -40,11 +46,13 @@ class FloatSaver(Saver):
                 owner = owners.get(name)
                 kind = str(assignments[owner].kind) if owner else "FLOAT"
                 tensors.append(PlannedTensor(meta, kind, unit.name, origin=None if owner else origin, owner=owner))
+            for parameter, meta in unit.added.items():
+                tensors.append(PlannedTensor(meta, "FLOAT", unit.name, added=parameter))
         return Output(tuple(tensors), tuple(lay_out([tensor.meta for tensor in tensors], "model", 0)))
 
     def parameters(self, info: LinearInfo, layer: QuantizedLinear) -> Mapping[str, Any]:
         name = f"{info.prefix}.weight"
         return {name: layer.dequantized().to(self._metas[name].dtype)}
 
-    def complete(self, folder: Path, model: StreamedModel, output: Output) -> None:
-        copy_side_files(model.folder, folder)
+    def complete(self, folder: Path, model: StreamedModel, output: Output, extras: Sequence[Extras] = ()) -> None:
+        copy_side_files(model.folder, folder, model.config)

@@ -85,7 +85,6 @@ class MlpService:
         model, spec = open_mlp(request.model_path), recipe.spec()
         plan = self._plan(model, request, recipe)
         return run_plan(
-            model,
             plan,
             request.save_path,
             fingerprint=fingerprint(request.model_path, model.source, dump_recipe(recipe)),

@@ -65,8 +65,9 @@ _practices = _group("The practice library: list, show, match.", bare_shows_help=
 _practices.command("list")(verb(practices.list_all))
 _practices.command("show")(verb(practices.show))
 _practices.command("match")(verb(practices.match))
-_recipes = _group("Recipes: check.", bare_shows_help=True)
+_recipes = _group("Recipes: check, migrate.", bare_shows_help=True)
 _recipes.command("check")(verb(recipe.check))
+_recipes.command("migrate")(verb(recipe.migrate))
 
 app.command("quant")(verb(quant))
 app.command("eval")(verb(evaluate, argument="model_path"))

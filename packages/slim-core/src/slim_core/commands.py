@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING
 from slim_core.checkpoint.staging import check_target
 from slim_core.console import ask, say, show_table
 from slim_core.dispatch import choose_recipe, match_practice, open_library, service_for
-from slim_core.errors import EnvError, SecurityError, UnsupportedError
+from slim_core.errors import EnvError, SecurityError, SlimError, UnsupportedError
+from slim_core.logging import get_logger
 from slim_core.progress import show_progress
 from slim_core.recipe import dump_recipe, load_recipe
-from slim_core.service import EvalRequest, QuantRequest, find_service
+from slim_core.service import EvalRequest, Migrator, QuantRequest, find_service
 from slim_core.sizes import human_size
 
 if TYPE_CHECKING:
@@ -26,10 +27,13 @@ __all__ = [
     "evaluate",
     "list_practices",
     "match_practices",
+    "migrate_recipe",
     "quantize",
     "show_practice",
     "write_file",
 ]
+
+_logger = get_logger(__name__)
 
 
 def quantize(request: QuantRequest) -> None:
@@ -89,7 +93,8 @@ def evaluate(request: EvalRequest, json_path: Path | None = None) -> None:
             "sequence_length": request.sequence_length,
             "max_windows": request.max_windows,
         }
-        write_file(json_path, json.dumps({**asked, **asdict(result), "ratio": result.ratio}, indent=2) + "\n")
+        scores = {key: None if value == float("inf") else value for key, value in asdict(result).items()}
+        write_file(json_path, json.dumps({**asked, **scores, "ratio": result.ratio}, indent=2) + "\n")
 
 
 def _score_table(result: EvalResult) -> tuple[list[str], list[list[str]]]:
@@ -100,6 +105,7 @@ def _score_table(result: EvalResult) -> tuple[list[str], list[list[str]]]:
         ["ratio", "", f"{result.ratio:.4f}"],
         ["KL divergence (nats)", "", f"{result.kl_divergence:.5f}"],
         ["top-1 agreement", "", f"{result.top1_agreement:.2%}"],
+        ["logits SQNR (dB)", "", f"{result.logits_sqnr_db:.1f}"],
         ["tokens", str(result.tokens), str(result.tokens)],
     ]
     return ["", "original", "quantized"], rows
@@ -133,16 +139,61 @@ def match_practices(model_type: str, quant_type: str | None, tags: list[str]) ->
 
 
 def effective_recipe(path: Path) -> str:
-    """``recipe check``: a recipe with every default filled in.
+    """``recipe check``: a recipe with every default filled in; one of an outdated protocol, as what it is run as.
 
     Raises:
         SlimError: it is invalid, its package is not installed, or nobody here can check its ``spec``.
     """
     recipe = load_recipe(path)
-    find_service(recipe.apiversion, where=f"{path}: apiversion")
+    service = find_service(recipe.apiversion, where=f"{path}: apiversion")
+    if isinstance(service, Migrator):
+        migration = service.migrate(recipe)
+        for warning in (migration.notice(), *migration.approximations):
+            _logger.warning("%s", warning)
+        return dump_recipe(migration.recipe)
     if recipe.apiversion != "modelslim_v1":
         raise UnsupportedError(f"the spec of {recipe.apiversion} cannot be checked in this version", where=str(path))
     return dump_recipe(recipe)
+
+
+def migrate_recipe(path: Path, output: Path | None = None) -> None:
+    """``recipe migrate``: print a recipe of an outdated protocol in the newer one, or write it to a new file.
+
+    Raises:
+        UnsupportedError: the recipe's protocol is not outdated.
+        SecurityError: ``output`` exists.
+        SlimError: the recipe is invalid, or cannot be told in the newer protocol.
+    """
+    recipe = load_recipe(path)
+    service = find_service(recipe.apiversion, where=f"{path}: apiversion")
+    if not isinstance(service, Migrator):
+        raise UnsupportedError(
+            f"the recipe is already {recipe.apiversion}, which no newer protocol replaces",
+            where=f"{path}: apiversion",
+            remedy="use it as it is",
+        )
+    migration = service.migrate(recipe)
+    if output is None:
+        say(migration.text().rstrip())
+    else:
+        _create_file(output, migration.text())
+        say(f"written to {output}; its first lines tell what is not the same")
+    try:
+        migration.recipe.spec()
+    except SlimError as error:
+        _logger.warning("this recipe cannot be run here yet: %s", error)
+
+
+def _create_file(path: Path, text: str) -> None:
+    try:
+        with path.open("x", encoding="utf-8") as file:
+            file.write(text)
+    except FileExistsError as error:
+        raise SecurityError(
+            "exists and is not overwritten", where=str(path), remedy="remove it, or give another path"
+        ) from error
+    except OSError as error:
+        raise EnvError(f"cannot be written: {error.strerror}", where=str(path)) from error
 
 
 def write_file(path: Path, text: str) -> None:

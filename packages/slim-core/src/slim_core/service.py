@@ -10,7 +10,7 @@ from collections.abc import Callable
 from difflib import get_close_matches
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -18,11 +18,12 @@ from slim_core.errors import EnvError, UnsupportedError
 
 if TYPE_CHECKING:
     from slim_core.evaluation.perplexity import EvalResult
+    from slim_core.migration import Migration
     from slim_core.progress import Progress
     from slim_core.runners.plan import Plan
     from slim_core.runners.run import RunResult
 
-__all__ = ["EvalRequest", "QuantRequest", "Service", "find_service", "installed_services", "load_service"]
+__all__ = ["EvalRequest", "Migrator", "QuantRequest", "Service", "find_service", "installed_services", "load_service"]
 
 SERVICE_GROUP = "slim.services"
 _PACKAGES = {
@@ -96,6 +97,19 @@ class Service(Protocol):
 
     def evaluate(self, request: EvalRequest, progress: Progress) -> EvalResult:
         """Perplexity of the original and, if asked, of the quantized files."""
+        ...
+
+
+@runtime_checkable
+class Migrator(Protocol):
+    """What the service of an outdated protocol can do besides: turn its recipes into those of a newer one."""
+
+    def migrate(self, recipe: Any) -> Migration:
+        """The equivalent recipe of the newer protocol, and what is not quite the same.
+
+        Raises:
+            SchemaValidateError: the recipe is invalid, or asks for something that the newer protocol does not have.
+        """
         ...
 
 

@@ -7,7 +7,7 @@ import stat
 from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import matplotlib
 import pytest
@@ -82,9 +82,10 @@ def make_run(blocks: int = 4, leaves: dict[str, LayerKind] = LEAVES, warnings: t
     weight = {"dtype": "int8", "scope": "per_channel", "symmetric": True, "method": "minmax"}
     config = GroupConfig(configs=(LinearQuantConfig(qconfig={"act": act, "weight": weight}),))  # type: ignore[arg-type]
     plan = Plan(
+        model=cast("Any", None),
         runner=RunnerChoice("layer_wise", "because of <this> & that"),
         devices=Devices("cpu"),
-        processors=[create_processor(config, "process[0]")],
+        processors=create_processor(config, "process[0]").leaves(),
         saver=AscendV1Saver(AscendV1SaverConfig()),
         units=units,
         assignments={r.name: Assignment(LayerForm(LayerKind(r.kind)), POSITION, reason) for r in result.linears},

@@ -12,12 +12,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from slim_core.errors import InvalidModelError, SchemaValidateError
-from slim_core.evaluation import verify_values
+from slim_core.evaluation import verify_rows
 from slim_core.evaluation.verify import verify_folder
 
 Q = "model.layers.0.self_attn.q_proj"
 O = "model.layers.1.self_attn.o_proj"  # noqa: E741
 DOWN = "model.layers.1.mlp.down_proj"
+LAYER = "model.layers.0"
+NORM = f"{LAYER}.input_layernorm"
 DESCRIPTION = "quant_model_description.json"
 INDEX = "quant_model_weights.safetensors.index.json"
 SHARD = "quant_model_weights-00001-of-00002.safetensors"
@@ -359,13 +361,95 @@ def test_without_a_recipe_an_unusual_code_is_a_warning(draft: Any, tmp_path: Pat
     assert any("row 4 is off by" in warning for warning in found.warnings)
 
 
-def test_smoothed_models_are_not_compared(draft: Any, tmp_path: Path) -> None:
-    draft.recipe = "spec: {process: [{type: iter_smooth}, {type: linear_quant, qconfig: {weight: {method: minmax}}}]}"
+def recipe_with(processor: str) -> str:
+    return f"spec: {{process: [{processor}, {{type: linear_quant, qconfig: {{weight: {{method: minmax}}}}}}]}}"
+
+
+@pytest.mark.parametrize("processor", ["iter_smooth", "kv_smooth", "awq"])
+def test_layers_of_smoothed_models_are_not_compared(draft: Any, tmp_path: Path, processor: str) -> None:
+    draft.recipe = recipe_with(f"{{type: {processor}}}")
+    set_tensor(f"{NORM}.weight", 0, 0.125)(draft)
+    found = verify_folder(draft.write(tmp_path / "out"), draft.write_original(tmp_path / "model"))
+    assert not found.problems
+    assert not found.compared
+    assert any(
+        f"within decoder layers were not compared: the recipe changes them first ({processor})" in warning
+        for warning in found.warnings
+    )
+
+
+def test_what_smoothing_does_not_touch_is_compared(draft: Any, tmp_path: Path) -> None:
+    draft.recipe = recipe_with("{type: iter_smooth}")
+    set_tensor("model.norm.weight", 0, 0.125)(draft)
+    found = verify_folder(draft.write(tmp_path / "out"), draft.write_original(tmp_path / "model"))
+    assert found.problems == ["model.norm.weight: differs from the original, expected the same bits"]
+
+
+def test_rotated_models_are_not_compared(draft: Any, tmp_path: Path) -> None:
+    draft.recipe = recipe_with("{type: quarot}, {type: iter_smooth}")
     set_tensor("model.norm.weight", 0, 0.125)(draft)
     found = verify_folder(draft.write(tmp_path / "out"), draft.write_original(tmp_path / "model"))
     assert not found.problems
     assert not found.compared
-    assert any("iter_smooth" in warning for warning in found.warnings)
+    assert any("changes float weights first (iter_smooth, quarot)" in warning for warning in found.warnings)
+
+
+def shifted(draft: Any, *linears: str, value: float = 0.5) -> None:
+    """A norm that was given a bias, and linears that were given one to make up for it."""
+    draft.tensors[f"{NORM}.bias"] = torch.full((16,), value)
+    draft.types[f"{NORM}.bias"] = "FLOAT"
+    for linear in linears:
+        draft.tensors[f"{linear}.bias"] = torch.full((len(draft.tensors[f"{linear}.weight"]),), value)
+        draft.types[f"{linear}.bias"] = "FLOAT"
+        if f"{linear}.quant_bias" in draft.tensors:
+            extra = draft.tensors[f"{linear}.bias"].double() / draft.tensors[f"{linear}.deq_scale"].double()
+            exact = -draft.tensors[f"{linear}.input_offset"].double() * draft.tensors[f"{linear}.weight"].double().sum(
+                1
+            )
+            draft.tensors[f"{linear}.quant_bias"] = (exact + extra).round().to(torch.int32)
+
+
+SHIFT = "{type: iter_smooth, symmetric: false}"
+
+
+def test_a_shift_may_leave_biases(draft: Any, tmp_path: Path) -> None:
+    draft.recipe = recipe_with(SHIFT)
+    shifted(draft, f"{LAYER}.self_attn.k_proj", f"{LAYER}.self_attn.v_proj")
+    found = verify_folder(draft.write(tmp_path / "out"), draft.write_original(tmp_path / "model"))
+    assert not found.problems
+    assert len(found.warnings) == 1  # that layers were not compared
+
+
+def test_a_shifted_bias_is_finite(draft: Any, tmp_path: Path) -> None:
+    draft.recipe = recipe_with(SHIFT)
+    shifted(draft)
+    set_tensor(f"{NORM}.bias", 3, float("nan"))(draft)
+    found = verify_folder(draft.write(tmp_path / "out"), draft.write_original(tmp_path / "model"))
+    assert found.problems == [f"{NORM}.bias: holds NaN or infinity"]
+
+
+def test_biases_that_the_engine_drops(draft: Any, tmp_path: Path) -> None:
+    draft.recipe = recipe_with(SHIFT)
+    shifted(draft, f"{LAYER}.self_attn.k_proj", DOWN, O)
+    original = draft.write_original(tmp_path / "model")
+    found = verify_folder(draft.write(tmp_path / "out"), original)
+    assert not found.problems
+    dropped = {warning.partition(":")[0] for warning in found.warnings if "drops it" in warning}
+    assert dropped == {f"{DOWN}.bias", f"{O}.bias"}
+    shifted(draft, DOWN, O, value=0.0)
+    found = verify_folder(draft.write(tmp_path / "zeros"), original)
+    assert not [warning for warning in found.warnings if "drops it" in warning]
+
+
+def test_biases_that_no_shift_explains(draft: Any, tmp_path: Path) -> None:
+    shifted(draft)
+    original = draft.write_original(tmp_path / "model")
+    found = verify_folder(draft.write(tmp_path / "out"), original)
+    assert f"{NORM}.bias: is not in the original" in found.warnings
+    draft.recipe = None
+    found = verify_folder(draft.write(tmp_path / "foreign"), original)
+    (warning,) = [text for text in found.warnings if "not in the original" in text]
+    assert warning == f"{NORM}.bias: is not in the original, like 1 biases; an asymmetric smoothing leaves such"
 
 
 def test_rows_with_outliers_lose_much_without_being_wrong(draft: Any, tmp_path: Path) -> None:
@@ -424,14 +508,10 @@ def test_static_experts_are_warned_about(draft: Any, tmp_path: Path) -> None:
 
 
 def test_known_types_without_rules_are_warned_about(draft: Any, tmp_path: Path) -> None:
-    draft.tensors["model.layers.0.self_attn.k_proj.kv_cache_scale"] = torch.ones(16)
-    draft.types["model.layers.0.self_attn.k_proj.kv_cache_scale"] = "C8"
-    as_kind(DOWN, "W4A4_DYNAMIC")(draft)
-    draft.globals.update(model_quant_type="W4A4_DYNAMIC", kv_cache_type="C8", kv_quant_type="C8")
+    as_kind(DOWN, "W8A8SC")(draft)
     found = verify_folder(draft.write(tmp_path / "out"))
     assert not found.problems
-    for kind in ("W4A4_DYNAMIC", "C8"):
-        assert any(f"what has the type {kind} is not checked further" in warning for warning in found.warnings)
+    assert any("what has the type W8A8SC is not checked further" in warning for warning in found.warnings)
 
 
 def test_unreadable_values_are_said_to_be_unchecked(draft: Any, tmp_path: Path) -> None:
@@ -459,8 +539,8 @@ def test_wrong_arguments(draft: Any, tmp_path: Path) -> None:
 
 
 def test_tensors_of_many_row_blocks(draft: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(verify_values, "_BLOCK_ELEMENTS", 48)
-    monkeypatch.setattr(verify_values, "_HELD_ELEMENTS", 96)
+    monkeypatch.setattr(verify_rows, "_BLOCK_ELEMENTS", 48)
+    monkeypatch.setattr(verify_rows, "_HELD_ELEMENTS", 96)
     original = draft.write_original(tmp_path / "model")
     clean = verify_folder(draft.write(tmp_path / "clean"), original)
     assert not clean.problems

@@ -41,6 +41,35 @@ def test_afterwards_parameters_are_real_again() -> None:
     assert nn.Linear(2, 2).weight.device.type == "cpu"
 
 
+class Large(nn.Module):
+    """More than any machine has memory for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.Parameter(torch.empty(512, 1 << 20, 1 << 14))
+        self.zeros = nn.Parameter(torch.zeros((512, 1 << 34)))
+        self.sized = nn.Parameter(torch.rand(size=(1 << 21, 1 << 21)))
+        self.embed = nn.Embedding(1 << 32, 1 << 10)
+        self.small = nn.Parameter(torch.ones(3))
+        self.register_buffer("table", torch.zeros(1 << 10))
+
+
+def test_parameters_larger_than_memory_are_never_allocated() -> None:
+    with parameters_on_meta():
+        net = Large()
+    assert {p.device.type for p in net.parameters()} == {"meta"}
+    assert net.experts.shape == (512, 1 << 20, 1 << 14)
+    assert net.table.device.type == "cpu"
+    assert torch.zeros(1 << 10).device.type == "cpu"
+
+
+def test_a_buffer_too_large_to_be_computed() -> None:
+    original = nn.Module.register_buffer
+    with parameters_on_meta(), pytest.raises(InvalidModelError, match="buffer 'mask' of Module has 1099511627776 elem"):
+        nn.Module().register_buffer("mask", torch.ones(1 << 20, 1 << 20).tril())
+    assert nn.Module.register_buffer is original
+
+
 def test_blocks_are_the_list_with_most_parameters() -> None:
     net = nn.Module()
     net.small = nn.ModuleList(nn.Linear(2, 2) for _ in range(9))

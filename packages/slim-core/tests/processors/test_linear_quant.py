@@ -126,17 +126,18 @@ def test_members_of_a_group_know_their_place() -> None:
     member = {"type": "linear_quant", "qconfig": {"act": {}, "weight": {}}, "include": ["*.a"]}
     group = {"type": "group", "configs": [member, member | {"qconfig": {"weight": {"ext": {"step": 3}}}}]}
     (config,) = recipe_from_dict({"apiversion": "modelslim_v1", "spec": {"process": [group]}}).spec().process
-    made = create_processor(config, "process[0]")
-    assert [rule.position for rule in made.rules()] == ["process[0].configs[0]", "process[0].configs[1]"]
-    (note,) = made.notes()
+    one, two = create_processor(config, "process[0]").leaves()
+    (first,), (second,) = one.rules(), two.rules()
+    assert (first.position, second.position) == ("process[0].configs[0]", "process[0].configs[1]")
+    assert one.notes() == []
+    (note,) = two.notes()
     assert note.startswith("process[0].configs[1]: ")
     assert note.endswith("ext.step has no effect with method minmax and scope per_channel")
-    first, second = made.rules()
     info = LinearInfo("x.a", "x.a", 4, 3, has_bias=False, in_block=True)
 
     def wanted(position: str) -> Any:
-        return made.requests([info], {"x.a": Assignment(first.form, position, "", first.needs)})
+        return one.requests([info], {"x.a": Assignment(first.form, position, "", first.needs)})
 
     assert wanted(first.position) == {"x.a": frozenset({Need.RANGE})}
-    assert wanted("process[10]") == {}
+    assert wanted("process[0].configs[10]") == {}
     assert second.needs == frozenset()

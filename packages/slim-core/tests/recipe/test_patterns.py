@@ -8,7 +8,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from slim_core.errors import SchemaValidateError
-from slim_core.recipe.patterns import NameFilter, check_pattern, compile_pattern
+from slim_core.recipe.patterns import NameFilter, check_pattern, compile_pattern, escape_pattern
 
 NAME = "model.layers.3.self_attn.q_proj"
 
@@ -76,6 +76,13 @@ def test_unmatched_patterns_are_named_with_their_side():
     names = NameFilter(include=("*", "a*", "b*", "{c,d}"), exclude=("*", "*z", "a1"))
     assert names.unmatched(["a1", "d"]) == [("include", "b*"), ("exclude", "*z")]
     assert NameFilter(include=("a",)).unmatched([]) == [("include", "a")]
+
+
+@given(st.text("ab.[]{}*?!^-,\\", min_size=1, max_size=8), st.text("ab.[]{}*?!^-,\\", max_size=8))
+def test_an_escaped_name_matches_itself_only(name, other):
+    pattern = compile_pattern(escape_pattern(name))
+    assert pattern.fullmatch(name)
+    assert bool(pattern.fullmatch(other)) is (name == other)
 
 
 MALFORMED = {

@@ -68,6 +68,10 @@ def test_ext_takes_numbers_in_the_spelling_of_yaml_1_1():
         ({"ceil_x_value": 20}, ("ext", "ceil_x_value")),
         ({"aggregation_type": "median"}, ("ext", "aggregation_type")),
         ({"percentile": 101}, ("ext", "percentile")),
+        ({"metric": "l2"}, ("ext", "metric")),
+        ({"bins": 1}, ("ext", "bins")),
+        ({"bins": 32769}, ("ext", "bins")),
+        ({"weighted": "yes please"}, ("ext", "weighted")),
         ({"percdmp": 1}, ("ext", "percdmp")),
         ({"search_min": 9, "search_max": 8}, ()),
         ({"search_min": 12}, ()),
@@ -95,6 +99,14 @@ def test_keys_without_effect_are_warned_about():
     assert grouped.warnings() == []
 
 
+def test_a_percentile_needs_its_metric():
+    config = ActConfig.model_validate({"method": "histogram", "ext": {"percentile": 99}})
+    assert config.warnings() == ["ext.percentile has no effect with ext.metric mse"]
+    config = ActConfig.model_validate({"method": "histogram", "ext": {"percentile": 99, "metric": "percentile"}})
+    assert config.warnings() == []
+    assert WeightConfig.model_validate({"method": "ssz", "ext": {"weighted": True}}).warnings() == []
+
+
 def test_every_key_belongs_to_a_method():
     assert set(Ext.__annotations__) == {key for keys in METHODS.values() for key in keys}
 
@@ -112,3 +124,30 @@ def test_a_processor_can_bring_its_own_methods():
 def test_a_dumped_configuration_is_the_same_again(fields):
     config = ActConfig.model_validate(fields)
     assert ActConfig.model_validate(config.model_dump()) == config
+
+
+@pytest.mark.parametrize(
+    ("ext", "warnings"),
+    [
+        ({}, []),
+        ({"fraction": 0.02}, []),
+        ({"use_sigma": True, "sigma_factor": 3.5}, []),
+        ({"fraction": 0.3}, ["ext.fraction is 0.3; the protocol documents 0.01 to 0.1"]),
+        ({"sigma_factor": 3}, ["ext.sigma_factor has no effect with ext.use_sigma false"]),
+        (
+            {"use_sigma": True, "sigma_factor": 5, "fraction": 0.02},
+            [
+                "ext.fraction has no effect with ext.use_sigma true",
+                "ext.sigma_factor is 5.0; the protocol documents 3 to 4",
+            ],
+        ),
+    ],
+)
+def test_settings_of_sparse_weights(ext, warnings):
+    assert WeightConfig.model_validate({"method": "sparse", "ext": ext}).warnings() == warnings
+
+
+@pytest.mark.parametrize("ext", [{"fraction": 1.1}, {"fraction": -0.1}, {"sigma_factor": 0}, {"use_sigma": 1}])
+def test_settings_of_sparse_weights_that_are_refused(ext):
+    with pytest.raises(ValidationError):
+        WeightConfig.model_validate({"method": "sparse", "ext": ext})

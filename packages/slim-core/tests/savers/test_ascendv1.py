@@ -76,7 +76,7 @@ def test_tensors_with_weight_scales(tmp_path: Path, kind: LayerKind) -> None:
 
 def test_a_name_that_the_checkpoint_has_taken(tmp_path: Path) -> None:
     model = streamed(tmp_path, "bfloat16", **{"m.0.weight_scale": torch.ones(3, 1)})
-    with pytest.raises(InvalidModelError, match=r"holds 'm\.0\.weight_scale', a name that a quantized linear needs"):
+    with pytest.raises(InvalidModelError, match=r"holds 'm\.0\.weight_scale', a name that a quantized layer needs"):
         declared(model, LayerKind.W8A16)
     assert declared(model, LayerKind.W8A8)["m.0.weight_scale"] == (torch.float32, (3, 1), "FLOAT")
 

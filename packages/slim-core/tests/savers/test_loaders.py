@@ -4,7 +4,18 @@ from __future__ import annotations
 
 import pytest
 
-from slim_core.savers.loaders import engines, is_loadable, layer_class, mixed_fusions, unloadable
+from slim_core.quantization.kinds import LayerForm, LayerKind
+from slim_core.savers.loaders import (
+    engines,
+    is_loadable,
+    layer_class,
+    lost_biases,
+    mixed_fusions,
+    obstacle,
+    reads_ascendv1,
+    refused_together,
+    unloadable,
+)
 
 
 def test_layer_classes() -> None:
@@ -33,3 +44,107 @@ def test_linears_that_are_fused_need_one_type() -> None:
     assert "q_proj W8A8, k_proj W8A8, v_proj FLOAT" in warning
     assert "(2 times, e.g. l.1.attn)" in warning
     assert mixed_fusions({"l.0.mlp.gate_proj": "W8A8", "l.0.mlp.down_proj": "FLOAT"}) == []
+
+
+FORMS = [
+    ("vllm-ascend", LayerForm(LayerKind.W8A8_DYNAMIC), 48, None),
+    ("vllm-ascend", LayerForm(LayerKind.W8A8_DYNAMIC, 64), 128, "only per channel, not in groups"),
+    ("vllm-ascend", LayerForm(LayerKind.W8A16), 48, None),
+    ("vllm-ascend", LayerForm(LayerKind.W8A16, 64), 128, "only per channel, not in groups"),
+    ("vllm-ascend", LayerForm(LayerKind.W8A16, symmetric=False), 48, "only without weight_offset"),
+    ("vllm-ascend", LayerForm(LayerKind.W4A4_DYNAMIC, symmetric=False), 48, "only without weight_offset"),
+    ("vllm-ascend", LayerForm(LayerKind.W4A16), 48, "has no class for W4A16 linear layers"),
+    ("vllm-ascend", LayerForm(LayerKind.W4A8_DYNAMIC), 48, "has no class for W4A8_DYNAMIC linear layers"),
+    ("vllm-ascend", LayerForm(LayerKind.WFP8AFP8_DYNAMIC), 48, "fp8_label: W8A8FP8_DYNAMIC"),
+    ("vllm-ascend", LayerForm(LayerKind.W8A8_MXFP8), 48, None),
+    ("vllm-ascend", LayerForm(LayerKind.W4A8_MXFP), 96, "only if 64 divides their input features"),
+    ("vllm-ascend", LayerForm(LayerKind.W4A8_MXFP), 128, None),
+    ("vllm-ascend", LayerForm(LayerKind.W4A8_MXFP), None, None),
+    ("vllm-ascend", LayerForm(LayerKind.W4A4_MXFP4), 96, None),
+    ("vllm-ascend", LayerForm(LayerKind.W4A4_MXFP4), 48, "only if 32 divides their input features"),
+    ("vllm-ascend-310p", LayerForm(LayerKind.W8A8S), 48, None),
+    ("vllm-ascend-310p", LayerForm(LayerKind.W8A8_DYNAMIC, 64), 128, "only per channel, not in groups"),
+    ("mindie-llm", LayerForm(LayerKind.W4A16, 64, False), 128, None),
+    ("mindie-llm", LayerForm(LayerKind.W4A16), 128, None),
+    ("mindie-llm", LayerForm(LayerKind.W4A8_DYNAMIC), 128, "only in groups, not per channel"),
+    ("mindie-llm", LayerForm(LayerKind.W4A8_DYNAMIC, 64), 128, None),
+    ("mindie-sd", LayerForm(LayerKind.W8A16, 64), 128, None),
+    ("mindie-sd", LayerForm(LayerKind.W4A16, symmetric=False), 128, "only without weight_offset"),
+]
+
+
+@pytest.mark.parametrize(("engine", "form", "width", "why"), FORMS)
+def test_forms(engine: str, form: LayerForm, width: int | None, why: str | None) -> None:
+    found = obstacle(engine, str(form.kind), "l.0.mlp.up_proj", form, width)
+    assert (found is None) if why is None else (found is not None and why in found)
+    assert is_loadable(engine, str(form.kind), "l.0.mlp.up_proj", form, width) is (why is None)
+
+
+@pytest.mark.parametrize(
+    ("kind", "width", "loads"),
+    [("W8A8_MXFP8", 96, False), ("W8A8_MXFP8", 128, True), ("W4A8_DYNAMIC", 96, True), ("W8A8", 96, False)],
+)
+def test_experts_have_their_own_classes(kind: str, width: int, loads: bool) -> None:
+    assert is_loadable("vllm-ascend", kind, "l.0.experts.3.up_proj", LayerForm(LayerKind(kind)), width) is loads
+
+
+def test_forms_of_a_plan() -> None:
+    forms: dict[str, LayerForm | str] = {
+        "a.up_proj": LayerForm(LayerKind.W8A16, 64),
+        "b.up_proj": LayerForm(LayerKind.W8A16, 32),
+        "c.up_proj": LayerForm(LayerKind.W8A16),
+        "d.up_proj": LayerForm(LayerKind.W4A16),
+        "e.up_proj": LayerForm(LayerKind.W8A8S),
+        "f.up_proj": LayerKind.FLOAT,
+    }
+    assert unloadable(forms) == [
+        "vllm-ascend loads W8A16 linear layers only per channel, not in groups (2 linears, e.g. a.up_proj)",
+        "vllm-ascend has no class for W4A16 linear layers (1 linears, e.g. d.up_proj); mindie-llm loads them",
+        "vllm-ascend has no class for W8A8S linear layers (1 linears, e.g. e.up_proj); vllm-ascend-310p and mindie-llm "
+        "load them",
+    ]
+
+
+def test_widths_and_labels_of_a_plan() -> None:
+    mx = {"a.up_proj": LayerForm(LayerKind.W4A8_MXFP)}
+    assert unloadable(mx) == unloadable(mx, {"a.up_proj": 128}) == []
+    (warning,) = unloadable(mx, {"a.up_proj": 96})
+    assert "only if 64 divides" in warning
+    fp8 = {"a.up_proj": LayerForm(LayerKind.WFP8AFP8_DYNAMIC)}
+    (warning,) = unloadable(fp8)
+    assert warning.startswith(
+        "vllm-ascend knows WFP8AFP8_DYNAMIC layers as W8A8FP8_DYNAMIC; write them with fp8_label:"
+    )
+    assert unloadable(fp8, labels={"WFP8AFP8_DYNAMIC": "W8A8FP8_DYNAMIC"}) == []
+
+
+def test_layers_that_are_refused_together() -> None:
+    expert = {"l.0.experts.0.up_proj": LayerForm(LayerKind.W4A8_DYNAMIC)}
+    plain = {"l.0.q_proj": LayerForm(LayerKind.W8A8_DYNAMIC)}
+    mx = {"l.0.q_proj": LayerForm(LayerKind.W8A8_MXFP8)}
+    assert refused_together("vllm-ascend", expert | plain) is None
+    assert unloadable(expert | plain) == []
+    text = refused_together("vllm-ascend", expert | mx)
+    assert text == (
+        "loads W4A8_DYNAMIC layers (l.0.experts.0.up_proj) only in models without grouped or MX layers "
+        "(here l.0.q_proj)"
+    )
+    assert unloadable(expert | mx) == [f"vllm-ascend {text}"]
+    assert refused_together("mindie-llm", expert | mx) is None
+
+
+def test_engines_of_other_formats() -> None:
+    assert [engine for engine in engines() if not reads_ascendv1(engine)] == ["mindie-sd"]
+
+
+def test_linears_that_are_fused_need_one_size_of_groups() -> None:
+    forms = {f"l.attn.{leaf}_proj": LayerForm(LayerKind.W8A16, 64, leaf != "k") for leaf in "qkv"}
+    assert mixed_fusions(forms) == []  # an offset changes no shape
+    (warning,) = mixed_fusions(forms | {"l.attn.v_proj": LayerForm(LayerKind.W8A16, 32)})
+    assert "k_proj W8A16 in groups of 64, v_proj W8A16 in groups of 32" in warning
+
+
+def test_biases_without_a_place() -> None:
+    kinds = {"a": LayerKind.W8A8, "b": LayerKind.W8A8S, "c": LayerKind.W8A8_MIX, "d": "FLOAT", "e": LayerKind.FLOAT}
+    assert lost_biases(kinds) == {"W8A8_MIX": ["c"], "FLOAT": ["d", "e"]}
+    assert lost_biases({}) == {}

@@ -1,4 +1,4 @@
-"""``python -m slim_llm``: quant, eval and practices without the slim-cli package."""
+"""``python -m slim_llm``: quant, eval, practices and recipe without the slim-cli package."""
 
 from __future__ import annotations
 
@@ -80,7 +80,23 @@ def _parser() -> argparse.ArgumentParser:
     for option in options_of(QuantRequest):
         if option.name in ("quant_type", "tag"):
             _add(match, option)
-    for verb in (score, every, show, match):
+    recipes = verbs.add_parser("recipe", help="Recipes").add_subparsers(metavar="VERB", required=True)
+    check = add(
+        recipes,
+        "check",
+        "Validate a recipe and print it with every default filled in",
+        lambda does, given: does.say(does.effective_recipe(given.file).rstrip()),
+    )
+    migrate = add(
+        recipes,
+        "migrate",
+        "Print a recipe of modelslim_v0 as one of modelslim_v1",
+        lambda does, given: does.migrate_recipe(given.file, given.output),
+    )
+    for verb in (check, migrate):
+        verb.add_argument("file", metavar="FILE", type=Path, help="Recipe (YAML)")
+    migrate.add_argument("--output", metavar="PATH", type=Path, help="New file to write; default: standard output")
+    for verb in (score, every, show, match, check, migrate):
         verb.add_argument("--debug", action="store_true", help="Show the traceback of an error")
     return parser
 

@@ -11,31 +11,41 @@ import torch
 
 from slim_core.checkpoint.staging import check_target
 from slim_core.devices import Devices, resolve_devices
-from slim_core.errors import InvalidDatasetError, InvalidModelError
+from slim_core.errors import InvalidDatasetError, InvalidModelError, UnsupportedError
 from slim_core.evaluation.perplexity import EvalResult, evaluate
 from slim_core.evaluation.report import write_report
 from slim_core.fingerprint import fingerprint
+from slim_core.model.biases import take_stored_biases
 from slim_core.model.units import StreamedModel
 from slim_core.progress import Progress
+from slim_core.quantization.input_rotation import install, read_input_rotations
 from slim_core.recipe import Recipe, SpecV1, dump_recipe
+from slim_core.recipe.schema import DatasetConfig
 from slim_core.runners.plan import Plan, make_plan
 from slim_core.runners.run import RunResult, run_plan
 from slim_core.savers.ascendv1_folder import AscendV1Folder
 from slim_core.savers.side_files import write_text
 from slim_core.service import EvalRequest, QuantRequest
 from slim_llm.calibration import find_dataset, read_samples, tokenize
+from slim_llm.models.attention import Attentions
 from slim_llm.models.loading import open_model, open_skeleton, open_tokenizer, read_config
 
-__all__ = ["plan", "quantize", "score"]
+__all__ = ["Remarks", "plan", "quantize", "score"]
+
+_EXAMPLE_TOKENS = 24
+Remarks = Callable[[Plan], list[str]]
+"""Warnings about a plan that only the caller knows of."""
 
 
 class _Job:
     """What planning and running share; each part is made when it is first needed."""
 
-    def __init__(self, request: QuantRequest, recipe: Recipe) -> None:
+    def __init__(self, request: QuantRequest, recipe: Recipe, remarks: Remarks | None = None) -> None:
         self.request = request
         self.recipe = recipe
+        self.remarks = remarks
         self.spec: SpecV1 = recipe.spec()
+        self._calibrations: dict[DatasetConfig, list[dict[str, Any]]] = {}
 
     @cached_property
     def devices(self) -> Devices:
@@ -45,38 +55,70 @@ class _Job:
     def model(self) -> StreamedModel:
         return open_model(self.request.model_path, trust_remote_code=self.request.trust_remote_code)
 
-    @cached_property
-    def calibration(self) -> list[dict[str, Any]]:
-        samples = read_samples(find_dataset(self.spec.dataset.path))
-        tokenizer = open_tokenizer(self.request.model_path, trust_remote_code=self.request.trust_remote_code)
-        inputs = tokenize(samples, tokenizer, self.spec.dataset, max_positions(self.model))
-        check_token_ids(self.model, inputs)
-        return inputs
+    def calibration(self, dataset: DatasetConfig) -> list[dict[str, Any]]:
+        """The inputs that a calibration set makes; read once."""
+        if dataset not in self._calibrations:
+            samples = read_samples(find_dataset(dataset.path))
+            tokenizer = open_tokenizer(self.request.model_path, trust_remote_code=self.request.trust_remote_code)
+            inputs = tokenize(samples, tokenizer, dataset, max_positions(self.model))
+            check_token_ids(self.model, inputs)
+            self._calibrations[dataset] = inputs
+        return self._calibrations[dataset]
 
     @cached_property
     def plan(self) -> Plan:
-        plan = make_plan(self.model, self.spec, self.devices)
-        if not plan.needs_data:
-            return plan
-        tokens = sum(inputs["input_ids"].numel() for inputs in self.calibration)
-        return make_plan(self.model, self.spec, self.devices, activation_bytes=tokens * token_bytes(self.model))
+        plan = self._plan()
+        if self.remarks is not None:
+            plan.warnings[:0] = self.remarks(plan)
+        return plan
+
+    def _plan(self) -> Plan:
+        return make_plan(
+            self.model,
+            self.spec,
+            self.devices,
+            activation_bytes=lambda: self._activation_bytes(self.spec.dataset),
+            stage_bytes=self._activation_bytes,
+            example=lambda: example_input(self.model),
+        )
+
+    def _activation_bytes(self, dataset: DatasetConfig) -> int:
+        tokens = sum(inputs["input_ids"].numel() for inputs in self.calibration(dataset))
+        return tokens * token_bytes(self.model)
+
+    def data(self) -> list[Any]:
+        """The tokens of everything that is calibrated on."""
+        datasets = [stage.dataset for stage in self.plan.stages] + [self.spec.dataset] * self.plan.needs_data
+        return [[inputs["input_ids"].tolist() for inputs in self.calibration(dataset)] for dataset in datasets]
 
 
-def plan(request: QuantRequest, recipe: Recipe) -> Plan:
-    """The plan of a run; reads the recipe, the model's headers and, if it is needed, the calibration set."""
-    return _Job(request, recipe).plan
+def plan(request: QuantRequest, recipe: Recipe, *, remarks: Remarks | None = None) -> Plan:
+    """The plan of a run; reads the recipe, the model's headers and, if it is needed, the calibration set.
+
+    Args:
+        remarks: gives warnings to put before those of the plan.
+    """
+    return _Job(request, recipe, remarks).plan
 
 
 def quantize(
-    request: QuantRequest, recipe: Recipe, progress: Progress, on_plan: Callable[[Plan], None] | None = None
+    request: QuantRequest,
+    recipe: Recipe,
+    progress: Progress,
+    on_plan: Callable[[Plan], None] | None = None,
+    *,
+    remarks: Remarks | None = None,
 ) -> RunResult:
     """Carry out a recipe; ``on_plan`` is shown the plan before any weight is read.
+
+    Args:
+        remarks: gives warnings to put before those of the plan.
 
     Raises:
         SlimError: whatever stands in the way; nothing at ``save_path`` has changed then.
     """
     check_target(request.save_path, request.model_path, request.overwrite)
-    job = _Job(request, recipe)
+    job = _Job(request, recipe, remarks)
     if on_plan is not None:
         on_plan(job.plan)
     effective = dump_recipe(recipe)
@@ -85,14 +127,13 @@ def quantize(
         write_text(folder / f"{safe_name(request.model_type)}_best_practice.yaml", effective)
         write_report(folder, job.plan, result, title=request.model_type, debug=request.debug)
 
-    tokens = [inputs["input_ids"].tolist() for inputs in job.calibration] if job.plan.needs_data else []
     return run_plan(
-        job.model,
         job.plan,
         request.save_path,
-        fingerprint=fingerprint(request.model_path, job.model.source, effective, [tokens, job.devices.kind]),
+        fingerprint=fingerprint(request.model_path, job.model.source, effective, [job.data(), job.devices.kind]),
         progress=progress,
-        calibration=lambda: job.calibration,
+        calibration=lambda: job.calibration(job.spec.dataset),
+        stage_calibration=job.calibration,
         propagate=job.spec.propagate,
         resume=request.resume,
         finish=finish,
@@ -119,7 +160,17 @@ def open_written(original: StreamedModel, folder: AscendV1Folder, trust_remote_c
     config = read_config(folder.folder)
     module = open_skeleton(folder.folder, config, trust_remote_code=trust_remote_code)
     skip = frozenset(f"{prefix}.{part}" for prefix, _ in folder.layers() for part in ("weight", "bias"))
-    return StreamedModel(module, folder.source, folder.folder, config, original.blocks_name, original.tensor_name, skip)
+    take_stored_biases(module, folder.source, original.tensor_name, skip)
+    model = StreamedModel(
+        *(module, folder.source, folder.folder, config, original.blocks_name, original.tensor_name, skip),
+        attention=Attentions(module, original.tensor_name),
+    )
+    rotations = read_input_rotations(folder.source)
+    names = {info.prefix: info.name for unit in original.units for info in unit.linears}
+    if lost := sorted(rotations.keys() - names.keys()):
+        raise UnsupportedError("the files rotate the input of a linear that this model does not have", where=lost[0])
+    install(module, {names[prefix]: rotation for prefix, rotation in rotations.items()})
+    return model
 
 
 def max_positions(model: StreamedModel) -> int | None:
@@ -143,6 +194,13 @@ def check_token_ids(model: StreamedModel, inputs: list[dict[str, Any]]) -> None:
             where=str(model.folder),
             remedy="copy the tokenizer that belongs to the model",
         )
+
+
+def example_input(model: StreamedModel) -> dict[str, Any]:
+    """A short sample of ids from all over the vocabulary, always the same one."""
+    rows = model.module.get_input_embeddings().weight.shape[0]  # pyright: ignore[reportCallIssue]
+    ids = torch.linspace(0, rows - 1, _EXAMPLE_TOKENS).round().long()
+    return {"input_ids": ids.unsqueeze(0), "use_cache": False}
 
 
 def token_bytes(model: StreamedModel) -> int:

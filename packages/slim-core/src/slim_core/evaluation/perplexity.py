@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from slim_core.errors import InvalidModelError
+from slim_core.errors import InvalidModelError, UnsupportedError
 from slim_core.model.units import StreamedModel, Unit
 from slim_core.progress import Progress
+from slim_core.quantization.attention import QuantizedAttention
 from slim_core.quantization.layers import QuantizedLinear
-from slim_core.runners.calibration import BlockForwards, simulated
+from slim_core.runners.calibration import BlockForwards, simulated, simulating_taps
 from slim_core.savers.ascendv1_folder import AscendV1Folder
 
 __all__ = ["EvalResult", "evaluate"]
@@ -37,6 +38,7 @@ class EvalResult:
         quantized_perplexity: of the written files; None if only the original was scored.
         kl_divergence: mean over tokens of KL(original || quantized), in nats.
         top1_agreement: share of tokens for which both put the same token first.
+        logits_sqnr_db: signal to noise of the quantized model's logits, in decibels, means over the vocabulary aside.
     """
 
     tokens: int
@@ -44,6 +46,7 @@ class EvalResult:
     quantized_perplexity: float | None = None
     kl_divergence: float | None = None
     top1_agreement: float | None = None
+    logits_sqnr_db: float | None = None
 
     @property
     def ratio(self) -> float | None:
@@ -58,6 +61,8 @@ class _Sums:
     quantized_loss: float = 0.0
     divergence: float = 0.0
     agreement: int = 0
+    signal: float = 0.0
+    noise: float = 0.0
 
 
 def evaluate(
@@ -75,7 +80,10 @@ def evaluate(
 
     Raises:
         InvalidModelError: the model returns no logits.
+        UnsupportedError: the written files quantize something that cannot be reached in this model.
     """
+    if quantized is not None:
+        _check_attentions(*quantized)
     sums = _Sums()
     names = {unit.name: 1 for unit in model.units if unit.block is not None}
     progress.start("Evaluating", names | {"head": 1})
@@ -87,13 +95,14 @@ def evaluate(
             for run in runs:
                 run.start()
             blocks = [unit for unit in model.units if unit.block is not None]
+            written = {} if quantized is None else {unit.name: unit for unit in quantized[0].units}
             for unit in blocks:
                 progress.begin(unit.name)
                 last = unit is blocks[-1]
-                _run_block(model, unit, runs[0], device, {}, last)
+                _run_block(model, unit, runs[0], device, {}, {}, last)
                 if quantized is not None:
-                    layers = _layers_of(unit, quantized[1])
-                    _run_block(quantized[0], unit, runs[1], device, layers, last)
+                    layers, attentions = _layers_of(unit, quantized[1]), _attentions_of(unit, quantized[1])
+                    _run_block(quantized[0], written[unit.name], runs[1], device, layers, attentions, last)
                 progress.done(unit.name)
             progress.begin("head")
             for sample, given in enumerate(inputs):
@@ -109,6 +118,7 @@ def evaluate(
         result.quantized_perplexity = math.exp(sums.quantized_loss / sums.tokens)
         result.kl_divergence = sums.divergence / sums.tokens
         result.top1_agreement = sums.agreement / sums.tokens
+        result.logits_sqnr_db = 10 * math.log10(sums.signal / sums.noise) if sums.noise else math.inf
     return result
 
 
@@ -117,18 +127,34 @@ def _layers_of(unit: Unit, folder: AscendV1Folder) -> dict[str, QuantizedLinear]
     return {name: layer for name, layer in found.items() if layer is not None}
 
 
+def _attentions_of(unit: Unit, folder: AscendV1Folder) -> dict[str, QuantizedAttention]:
+    found = {info.name: folder.attention(info) for info in unit.attentions}
+    return {name: attention for name, attention in found.items() if attention is not None}
+
+
+def _check_attentions(model: StreamedModel, folder: AscendV1Folder) -> None:
+    """Refuse to leave a quantized attention in floating point."""
+    known = {info.prefix for unit in model.units for info in unit.attentions if not info.problem}
+    if lost := sorted(folder.attentions() - known):
+        raise UnsupportedError(
+            f"the files quantize {len(lost)} attentions whose states cannot be reached in this model",
+            where=lost[0],
+        )
+
+
 def _run_block(
     model: StreamedModel,
     unit: Unit,
     run: BlockForwards,
     device: torch.device,
     layers: Mapping[str, QuantizedLinear],
+    attentions: Mapping[str, QuantizedAttention],
     last: bool,
 ) -> None:
     replaced = tuple(f"{name}." for name in layers)
     names = [name for name in unit.parameters if not name.startswith(replaced)]
     model.load(names, device)
-    with simulated(model.module, layers, device):
+    with simulated(model.module, layers, device), model.tapped(simulating_taps(attentions, device)):
         if last:
             run.run_to_end()
         else:
@@ -156,3 +182,6 @@ def _score(tokens: Tensor, logits: list[Tensor], sums: _Sums) -> None:
             sums.quantized_loss += float(functional.nll_loss(other, target, reduction="sum"))
             sums.divergence += float((first.exp() * (first - other)).sum())
             sums.agreement += int((first.argmax(-1) == other.argmax(-1)).sum())
+            difference = other - first
+            sums.signal += float((first - first.mean(-1, keepdim=True)).square().sum())
+            sums.noise += float((difference - difference.mean(-1, keepdim=True)).square().sum())

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections import Counter
 from dataclasses import asdict
 from importlib.resources import files
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from slim_core.evaluation.report_data import LinearRow, ReportData, collect
+from slim_core.evaluation.report_data import LinearRow, ReportData, collect, role
 from slim_core.evaluation.report_plots import MAX_LINES, draw_plots
-from slim_core.processors.base import Processor
-from slim_core.processors.group import Group
+from slim_core.quantization.smoothing import SmoothingNote
 from slim_core.runners.plan import Plan
 from slim_core.runners.run import RunResult
 from slim_core.savers.side_files import write_text
@@ -65,6 +64,10 @@ def _page(data: ReportData) -> str:
         worst=data.worst[:_WORST],
         listed=data.linears[:_LISTED],
         roles=_roles(data),
+        attention_counts=Counter(row.becomes for row in data.attentions),
+        smoothed=_smoothed(data),
+        smoothing=[note for note in data.smoothing if note.skipped is None][:_LISTED],
+        unsmoothed=_unsmoothed(data),
         any_range=any(row.low is not None for row in data.linears),
         max_lines=MAX_LINES,
         all_lines=len({row.leaf for row in data.worst}),
@@ -111,9 +114,42 @@ def _roles(data: ReportData) -> list[dict[str, Any]]:
     return lines
 
 
+_MEASURES = (
+    *("alpha", "beta", "ratio", "act_spread_before", "act_spread_after"),
+    *("weight_spread_before", "weight_spread_after", "error_before", "error_after"),
+)
+
+
+def _smoothed(data: ReportData) -> list[dict[str, Any]]:
+    """One line for each processor and kind of source: how many subgraphs, and the middle of what was measured."""
+    groups: dict[tuple[str, str], list[SmoothingNote]] = {}
+    for note in data.smoothing:
+        if note.skipped is None:
+            groups.setdefault((note.position, role(note.source)), []).append(note)
+    lines: list[dict[str, Any]] = []
+    for (position, source), notes in groups.items():
+        line: dict[str, Any] = {"position": position, "source": source, "type": notes[0].type, "count": len(notes)}
+        for measure in _MEASURES:
+            known = [value for note in notes if (value := getattr(note, measure)) is not None]
+            line[measure] = median(known) if known else None
+        line["scale_min"] = min((note.scale_min for note in notes if note.scale_min is not None), default=None)
+        line["scale_max"] = max((note.scale_max for note in notes if note.scale_max is not None), default=None)
+        lines.append(line)
+    return lines
+
+
+def _unsmoothed(data: ReportData) -> dict[str, list[str]]:
+    """Why sources were skipped, and which."""
+    reasons: dict[str, list[str]] = {}
+    for note in data.smoothing:
+        if note.skipped is not None:
+            reasons.setdefault(note.skipped, []).append(note.source)
+    return {reason: list(dict.fromkeys(sources)) for reason, sources in reasons.items()}
+
+
 def _debug_info(data: ReportData, plan: Plan) -> dict[str, Any]:
     """Every layer with its statistics, and the configuration of the processor that made it."""
-    processors = {processor.position: processor.config for processor in _flat(plan.processors)}
+    processors = {processor.position: processor.config for processor in plan.processors}
     layers: dict[str, Any] = {}
     for row in data.linears:
         assignment = plan.assignments.get(row.name)
@@ -124,11 +160,6 @@ def _debug_info(data: ReportData, plan: Plan) -> dict[str, Any]:
             "processor": assignment.position if assignment else None,
             "scheme": scheme.model_dump(mode="json") if scheme is not None else None,
         }
-    return {"format": 1, "title": data.title, "layers": layers, "units": [asdict(unit) for unit in data.units]}
-
-
-def _flat(processors: list[Processor]) -> Iterator[Processor]:
-    for processor in processors:
-        yield processor
-        if isinstance(processor, Group):
-            yield from _flat(processor.members)
+    attentions = {row.name: asdict(row) for row in data.attentions}
+    units = [asdict(unit) for unit in data.units]
+    return {"format": 1, "title": data.title, "layers": layers, "attentions": attentions, "units": units}

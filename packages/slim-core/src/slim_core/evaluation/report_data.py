@@ -7,7 +7,7 @@ import os
 import platform
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, entry_points, version
 from pathlib import Path
 from statistics import median
@@ -16,12 +16,13 @@ from typing import Any
 import torch
 
 from slim_core.devices import Devices
+from slim_core.quantization.smoothing import SmoothingNote
 from slim_core.runners.plan import Plan
 from slim_core.runners.run import RunResult
 from slim_core.savers.loaders import layer_class
 from slim_core.service import SERVICE_GROUP
 
-__all__ = ["LinearRow", "ReportData", "UnitRow", "collect", "finite"]
+__all__ = ["LinearRow", "ReportData", "UnitRow", "collect", "finite", "role"]
 
 _LIBRARIES = ("slim-core", "torch", "torch-npu", "transformers", "safetensors", "numpy")
 
@@ -51,6 +52,22 @@ class LinearRow:
     high: float | None
     tokens: int | None
     seconds: float | None
+
+
+@dataclass(frozen=True)
+class AttentionRow:
+    """One attention, if the recipe is about any: what it became, why, and what was observed of its states.
+
+    ``states`` has ``query``, ``key`` and ``value`` as far as they were observed, each with its extremes ``low`` and
+    ``high`` and the widest range ``clip_low`` to ``clip_high`` that is not clipped.
+    """
+
+    name: str
+    unit: str
+    becomes: str
+    reason: str
+    tokens: int | None
+    states: dict[str, dict[str, float]]
 
 
 @dataclass(frozen=True)
@@ -91,6 +108,8 @@ class ReportData:
     warnings: list[str]
     units: list[UnitRow]
     linears: list[LinearRow]
+    attentions: list[AttentionRow]
+    smoothing: list[SmoothingNote]
     versions: dict[str, str]
     machine: dict[str, Any]
 
@@ -146,6 +165,8 @@ def collect(folder: Path, plan: Plan, result: RunResult, *, title: str) -> Repor
         warnings=list(result.warnings),
         units=units,
         linears=_linears(plan, result),
+        attentions=_attentions(plan, result),
+        smoothing=[replace(note, **_finite_parts(note)) for note in result.smoothed],
         versions=_versions(),
         machine=_machine(plan.devices),
     )
@@ -179,7 +200,7 @@ def _linears(plan: Plan, result: RunResult) -> list[LinearRow]:
             rows.append(
                 LinearRow(
                     linear.name,
-                    _leaf(linear.name),
+                    role(linear.name),
                     unit.name,
                     position,
                     str(linear.kind),
@@ -196,7 +217,27 @@ def _linears(plan: Plan, result: RunResult) -> list[LinearRow]:
     return rows
 
 
-def _leaf(name: str) -> str:
+def _attentions(plan: Plan, result: RunResult) -> list[AttentionRow]:
+    measured = {record.name: record for record in result.attentions}
+    rows: list[AttentionRow] = []
+    for unit in plan.units:
+        for planned in unit.attentions:
+            record = measured.get(planned.name)
+            states = {state.state: asdict(state) for state in record.states} if record is not None else {}
+            for state in states.values():
+                del state["state"]
+            tokens = record.tokens or None if record is not None else None
+            rows.append(AttentionRow(planned.name, unit.name, planned.becomes, planned.reason, tokens, states))
+    return rows
+
+
+def _finite_parts(note: SmoothingNote) -> dict[str, Any]:
+    """The numbers of a note, as far as JSON has them."""
+    return {name: finite(value) for name, value in vars(note).items() if isinstance(value, float)}
+
+
+def role(name: str) -> str:
+    """What modules of the same place in different blocks, or different experts, have in common."""
     leaf = name.rpartition(".")[2]
     return f"experts.{leaf}" if layer_class(name) == "experts" else leaf
 

@@ -6,7 +6,8 @@ The one thing shared with the saver is the table of parameters per type, which *
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -14,12 +15,22 @@ import torch
 from slim_core.checkpoint.reader import Checkpoint
 from slim_core.checkpoint.source import TensorSource
 from slim_core.errors import InvalidModelError, SchemaValidateError, SlimError
-from slim_core.evaluation.verify_findings import FLOAT, Contents, Findings, Module
-from slim_core.evaluation.verify_layers import Loadable, check_fusions, check_modules, loadable_layers
-from slim_core.evaluation.verify_original import check_coverage, compare_with, open_original
+from slim_core.evaluation.verify_attention import check_attention_values, check_attentions, loadable_attentions
+from slim_core.evaluation.verify_comparison import Bounds, WeightPass
+from slim_core.evaluation.verify_findings import FLOAT, Contents, Findings, Layer
+from slim_core.evaluation.verify_layers import (
+    Loadable,
+    check_fusions,
+    check_group_size,
+    check_modules,
+    loadable_layers,
+)
+from slim_core.evaluation.verify_original import check_added_biases, check_coverage, compare_with, open_original
+from slim_core.evaluation.verify_rows import row_blocks
 from slim_core.evaluation.verify_structure import INDEX, read_contents
-from slim_core.evaluation.verify_values import Bounds, check_fused_inputs, check_quantized, check_untouched, row_blocks
-from slim_core.savers.loaders import MAIN_ENGINE, engines
+from slim_core.evaluation.verify_values import check_fused_inputs, check_quantized, check_untouched, is_shifted
+from slim_core.quantization.kinds import LayerKind
+from slim_core.savers.loaders import MAIN_ENGINE, engines, reads_ascendv1, refused_together
 
 __all__ = ["Verification", "verify_folder"]
 
@@ -33,6 +44,7 @@ class Verification:
     Args:
         problems: what is wrong, each with the tensor or file and what was expected.
         warnings: what is worth knowing.
+        notes: figures that no rule judges.
         checked: tensors whose values were read and checked.
         compared: whether values were held against the original.
         loadable: what each engine has a class for.
@@ -41,6 +53,7 @@ class Verification:
     path: Path
     problems: list[str] = field(default_factory=list[str])
     warnings: list[str] = field(default_factory=list[str])
+    notes: list[str] = field(default_factory=list[str])
     checked: int = 0
     compared: bool = False
     loadable: list[Loadable] = field(default_factory=list[Loadable])
@@ -52,7 +65,7 @@ class Verification:
     def text(self) -> str:
         """A report to print."""
         lines: list[str] = []
-        for title, found in (("Problems", self.problems), ("Warnings", self.warnings)):
+        for title, found in (("Problems", self.problems), ("Warnings", self.warnings), ("Notes", self.notes)):
             if found:
                 lines += [f"{title} ({len(found)})", *(f"  {text}" for text in found[:_SHOWN])]
                 lines += [f"  ... and {len(found) - _SHOWN} more"] if len(found) > _SHOWN else []
@@ -62,7 +75,8 @@ class Verification:
             width = max(len(entry.engine) for entry in self.loadable)
             kinds = max(len(entry.kind) for entry in self.loadable)
             for entry in self.loadable:
-                verdict = "yes" if entry.loadable else f"NO CLASS, e.g. {entry.example}"
+                reason = "NO CLASS" if not entry.why or entry.why.startswith("has no class") else f"NO: {entry.why}"
+                verdict = "yes" if entry.loadable else f"{reason}, e.g. {entry.example}"
                 place = f"{entry.count} {entry.place}"
                 lines.append(f"  {entry.engine:{width}}  {entry.kind:{kinds}}  {place:>14}  {verdict}")
             lines.append("")
@@ -78,7 +92,7 @@ def verify_folder(path: Path, original: Path | None = None, engine: str | None =
     Args:
         path: the quantized checkpoint.
         original: the float model it was made from; its tensors are then compared one by one.
-        engine: a type that this engine has no class for is a problem; without it, a warning for the main engine.
+        engine: what this engine cannot load is a problem; without it, a warning for the main engine.
 
     Raises:
         InvalidModelError: ``path`` is no folder, or the original cannot be read.
@@ -90,33 +104,47 @@ def verify_folder(path: Path, original: Path | None = None, engine: str | None =
         raise SchemaValidateError(
             f"unknown engine {engine!r}", where="--engine", remedy=f"use one of {', '.join(engines())}"
         )
-    source = None if original is None else open_original(original)
     findings = Findings()
     contents = read_contents(path, findings)
-    quantized = check_modules(contents, findings)
-    fused = list(check_fusions(contents, findings))
+    source = None if original is None else open_original(original, contents.placed)
+    layers = check_modules(contents, findings)
+    if not findings.problems:
+        check_group_size(contents, layers, findings)
+    check_attentions(contents, findings)
+    fused = list(check_fusions(contents, layers, findings))
     bounds = None
     if source is not None and original is not None:
         check_coverage(contents, source, original, findings)
         bounds = compare_with(source, contents, findings)
-    result = Verification(path, findings.problems, findings.warnings, loadable=loadable_layers(contents, engine))
-    _check_engines(result, engine, findings)
     stored = _open(path, findings)
+    if stored is not None:
+        layers = [replace(x, form=replace(x.form, symmetric=not is_shifted(x, stored))) for x in layers]
+    result = Verification(path, findings.problems, findings.warnings, findings.notes)
+    result.loadable = [*loadable_layers(contents, layers, engine), *loadable_attentions(contents, engine)]
+    _check_engines(result, layers, engine, findings)
     if stored is not None:
         for parent, leaves in fused:
             check_fused_inputs(parent, leaves, stored, findings)
-        result.checked = _check_values(contents, stored, quantized, bounds, findings)
-        result.compared = bounds is not None
+        if source is not None:
+            check_added_biases(contents, stored, source, findings)
+        result.checked = _check_values(contents, stored, layers, bounds, findings)
+        result.checked += check_attention_values(contents, stored, findings)
+        result.compared = bounds is not None and bounds.within_layers
         _check_tied(contents, stored, findings)
-        _check_asymmetric(stored, quantized, findings)
     return result
 
 
-def _check_engines(result: Verification, engine: str | None, findings: Findings) -> None:
+def _check_engines(result: Verification, layers: Sequence[Layer], engine: str | None, findings: Findings) -> None:
+    """What the engine that was asked for cannot load is a problem; for the main engine it is a warning."""
+    name, tell = engine or MAIN_ENGINE, findings.problem if engine else findings.warn
     for entry in result.loadable:
-        if not entry.loadable and entry.engine == (engine or MAIN_ENGINE):
-            text = f"{entry.engine} has no class for {entry.kind} {entry.place} layers ({entry.count} of them)"
-            (findings.problem if engine else findings.warn)(entry.example, text)
+        if not entry.loadable and entry.engine == name:
+            why = entry.why or f"has no class for {entry.kind} {entry.place} layers"
+            tell(entry.example, f"{name} {why} ({entry.count} of them)")
+    if why := refused_together(name, {layer.prefix: layer.form for layer in layers}):
+        tell(str(result.path), f"{name} {why}")
+    if not reads_ascendv1(name):
+        tell(str(result.path), f"{name} wants other files around its layers than those of ascendv1")
 
 
 def _open(path: Path, findings: Findings) -> TensorSource | None:
@@ -130,26 +158,42 @@ def _open(path: Path, findings: Findings) -> TensorSource | None:
 
 
 def _check_values(
-    contents: Contents, stored: TensorSource, quantized: list[Module], bounds: Bounds | None, findings: Findings
+    contents: Contents, stored: TensorSource, layers: Sequence[Layer], bounds: Bounds | None, findings: Findings
 ) -> int:
     """Read every tensor that can be judged, in the order in which the files hold them."""
-    layers = {f"{module.prefix}.weight": module for module in quantized}
-    parts = {f"{module.prefix}.{suffix}" for module in quantized for suffix in module.parts}
+    quantized = {f"{layer.prefix}.weight": layer for layer in layers}
+    of_layers = bounds if bounds is not None and bounds.within_layers else None
+    parts = {f"{layer.prefix}.{suffix}" for layer in layers for suffix in layer.module.parts}
+    seen: list[tuple[Layer, WeightPass]] = []
     checked = untouched = different = 0
     for name in stored:
-        if (module := layers.get(name)) is not None and module.kind in ("W8A8", "W8A8_DYNAMIC", "W8A16"):
-            check_quantized(module, stored, contents, findings, bounds)
-            checked += len(module.parts)
+        if (layer := quantized.get(name)) is not None:
+            if (found := check_quantized(layer, stored, contents, findings, of_layers)) is not None:
+                seen.append((layer, found))
+            checked += len(layer.module.parts)
         elif name not in parts and contents.types.get(name) == FLOAT:
-            known = bounds is not None and name in bounds.source
-            different += not check_untouched(name, stored, findings, bounds.source if bounds and known else None)
+            known = bounds.source if bounds is not None and bounds.holds(name) else None
+            different += not check_untouched(name, stored, findings, known)
             untouched += 1
             checked += 1
     if different > 1 and 2 * different > untouched:
         findings.warn(
             "original", f"{different} of {untouched} float tensors differ; is it the model this was made from?"
         )
+    _note_sparsity(seen, findings)
     return checked
+
+
+def _note_sparsity(seen: Sequence[tuple[Layer, WeightPass]], findings: Findings) -> None:
+    """How sparse sparse layers are; no rule says how sparse they should be."""
+    pruned = [found.zeros / (layer.out * layer.width) for layer, found in seen if layer.kind is LayerKind.W16A16S]
+    narrow = [1 - found.wide / (layer.out * layer.width) for layer, found in seen if layer.kind is LayerKind.W8A8S]
+    for kind, shares, what in (
+        (LayerKind.W16A16S, pruned, "of the weights are zero"),
+        (LayerKind.W8A8S, narrow, "of the codes fit four bits"),
+    ):
+        if shares:
+            findings.note(kind, f"{min(shares):.1%} to {max(shares):.1%} {what} ({len(shares)} layers)")
 
 
 def _check_tied(contents: Contents, stored: TensorSource, findings: Findings) -> None:
@@ -167,12 +211,3 @@ def _check_tied(contents: Contents, stored: TensorSource, findings: Findings) ->
         same = same and torch.equal(stored.rows(head, start, stop), stored.rows(embedding, start, stop))
     if not same:
         findings.problem(head, f"differs from {embedding}, but config.json has tie_word_embeddings: true")
-
-
-def _check_asymmetric(stored: TensorSource, quantized: list[Module], findings: Findings) -> None:
-    """The main engine adds the weight offset where the format subtracts it, so only zero is safe."""
-    names = [f"{module.prefix}.weight_offset" for module in quantized if module.kind == "W8A16"]
-    shifted = [name for name in names if bool((stored.load(name) != 0).any())]
-    if shifted:
-        text = f"is not zero ({len(shifted)} such layers): {MAIN_ENGINE} adds what the format subtracts"
-        findings.warn(shifted[0], f"{text}; quantize symmetrically")

@@ -10,11 +10,13 @@ from typing import Any, cast
 import torch
 
 from slim_core.checkpoint.header import StoredTensor
+from slim_core.quantization.kinds import LayerForm, LayerKind
 
-__all__ = ["CACHE", "FLOAT", "Contents", "Findings", "Module", "as_object", "form"]
+__all__ = ["ATTENTION", "CACHE", "FLOAT", "Contents", "Findings", "Layer", "Module", "as_object", "form"]
 
 FLOAT = "FLOAT"
 CACHE = "C8"
+ATTENTION = "FAQuant"
 
 
 def as_object(value: Any) -> dict[str, Any] | None:
@@ -30,16 +32,20 @@ def form(dtype: torch.dtype | None, shape: tuple[int, ...] | None = None) -> str
 
 @dataclass
 class Findings:
-    """What was found so far. A problem makes the folder wrong; a warning is worth knowing."""
+    """What was found so far. A problem makes the folder wrong; a warning is worth knowing; a note is just a figure."""
 
     problems: list[str] = field(default_factory=list[str])
     warnings: list[str] = field(default_factory=list[str])
+    notes: list[str] = field(default_factory=list[str])
 
     def problem(self, where: str, text: str) -> None:
         self.problems.append(f"{where}: {text}")
 
     def warn(self, where: str, text: str) -> None:
         self.warnings.append(f"{where}: {text}")
+
+    def note(self, where: str, text: str) -> None:
+        self.notes.append(f"{where}: {text}")
 
 
 @dataclass(frozen=True)
@@ -55,6 +61,29 @@ class Module:
         if "weight" in self.parts:
             return self.parts["weight"]
         return next((kind for suffix, kind in self.parts.items() if suffix != "bias"), FLOAT)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A quantized linear whose tensors are all there in the right shapes.
+
+    Args:
+        form: what its tensors say of it; whether it is symmetric takes their values.
+        out, width: output and input features.
+    """
+
+    module: Module
+    form: LayerForm
+    out: int
+    width: int
+
+    @property
+    def prefix(self) -> str:
+        return self.module.prefix
+
+    @property
+    def kind(self) -> LayerKind:
+        return self.form.kind
 
 
 @dataclass

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
@@ -11,29 +11,31 @@ from importlib.resources import files
 import torch
 import yaml
 
-from slim_core.evaluation.verify_findings import CACHE, FLOAT, Contents, Findings, Module, form
+from slim_core.evaluation.verify_findings import ATTENTION, FLOAT, Contents, Findings, Layer, Module, form
 from slim_core.quantization.kinds import LayerKind
+from slim_core.savers.ascendv1 import DESCRIPTION_FILE as DESCRIPTION
 from slim_core.savers.ascendv1 import FP8_ENGINE_LABEL
-from slim_core.savers.ascendv1_layout import FLOAT_BIAS, Part, form_of, layout
-from slim_core.savers.loaders import engines, is_loadable, layer_class
+from slim_core.savers.ascendv1_layout import BLOCK, FLOAT_BIAS, Part, form_of, layout
+from slim_core.savers.loaders import engines, layer_class, obstacle, reads_ascendv1
 
-__all__ = ["Loadable", "check_fusions", "check_modules", "layer_kind_of", "loadable_layers"]
+__all__ = ["Loadable", "check_fusions", "check_group_size", "check_modules", "layer_kind_of", "loadable_layers"]
 
 _KINDS = frozenset(str(kind) for kind in LayerKind if kind is not LayerKind.FLOAT)
 
 # Types of the format whose tensors are not checked one by one here.
-_UNCHECKED = re.compile(r"FAQuant|W8A8SC|\w+_(FLATQUANT|SVD)(_DYNAMIC)?")
+_UNCHECKED = re.compile(r"W8A8SC|\w+_(FLATQUANT|SVD)(_DYNAMIC)?")
 _QUANTIZATION_PARTS = frozenset(
     {"weight_scale", "weight_offset", "quant_bias", "input_scale", "input_offset", "deq_scale", "scale_bias"}
     | {"weight_dual_scale", "weight_scale_second", "weight_offset_second", "clip_ratio"}
 )
+_STATIC = frozenset(str(kind) for kind in LayerKind if kind.has_static_input)
 _EXPERT = re.compile(r"^(.*\.experts)\.\d+\.[^.]+$")
 
 
 @dataclass(frozen=True)
 class Loadable:
-    """How many layers of one type there are at one kind of place (``linear``, ``experts``), and whether an engine has a
-    class for them."""
+    """How many layers of one form there are at one kind of place (``linear``, ``experts``), and whether an engine has a
+    class for them; if not, ``why`` ends the sentence that begins with the engine."""
 
     engine: str
     kind: str
@@ -41,6 +43,7 @@ class Loadable:
     count: int
     loadable: bool
     example: str
+    why: str = ""
 
 
 def _is_linear(module: Module, contents: Contents) -> bool:
@@ -48,23 +51,24 @@ def _is_linear(module: Module, contents: Contents) -> bool:
     return module.kind != FLOAT or (stored is not None and len(stored.shape) == 2)
 
 
-def check_modules(contents: Contents, findings: Findings) -> list[Module]:
+def check_modules(contents: Contents, findings: Findings) -> list[Layer]:
     """Check types, names, dtypes and shapes of every module.
 
     Returns:
-        The quantized modules that are complete, so that their values can be checked.
+        The quantized linears that are complete, so that their values can be checked.
     """
-    complete: list[Module] = []
-    cached = [name for name, kind in contents.types.items() if kind == CACHE]
-    unknown: dict[str, list[str]] = {CACHE: cached} if cached else {}
+    complete: list[Layer] = []
+    unknown: dict[str, list[str]] = {}
     for module in contents.modules():
         before = len(findings.problems)
         if module.kind == FLOAT:
             _check_float(module, contents, findings)
         elif (kind := layer_kind_of(module.kind)) is not None:
-            _check_quantized(module, kind, contents, findings)
-            if len(findings.problems) == before:
-                complete.append(module)
+            layer = _check_quantized(module, kind, contents, findings)
+            if layer is not None and len(findings.problems) == before:
+                complete.append(layer)
+        elif module.kind == ATTENTION:
+            continue
         elif _UNCHECKED.fullmatch(module.kind):
             unknown.setdefault(module.kind, []).append(module.prefix)
         else:
@@ -93,7 +97,7 @@ def layer_kind_of(label: str) -> LayerKind | None:
     return LayerKind(label) if label in _KINDS else None
 
 
-def _check_quantized(module: Module, kind: LayerKind, contents: Contents, findings: Findings) -> None:
+def _check_quantized(module: Module, kind: LayerKind, contents: Contents, findings: Findings) -> Layer | None:
     stored = {suffix: contents.placed.get(f"{module.prefix}.{suffix}") for suffix in module.parts}
     shapes = {suffix: tensor.shape for suffix, tensor in stored.items() if tensor is not None}
     found = form_of(kind, shapes)
@@ -103,13 +107,13 @@ def _check_quantized(module: Module, kind: LayerKind, contents: Contents, findin
             findings.problem(weight.name, f"is {form(weight.dtype, weight.shape)}, expected a matrix")
         elif "weight" not in module.parts:
             findings.problem(f"{module.prefix}.weight", f"is missing; a {kind} layer has it")
-        return
+        return None
     layer, out, width = found
     expected = layout(layer, module.prefix, out, width)
     _check_names(module, kind, list(expected), findings)
     if layer.group_size and width % layer.group_size:
         findings.problem(f"{module.prefix}.weight_scale", f"has groups that do not divide the {width} columns")
-        return
+        return None
     if "deq_scale" in expected:
         expected["deq_scale"] = Part(torch.float32 if contents.dtype == torch.bfloat16 else torch.int64, (out,))
     if "bias" in module.parts:
@@ -123,6 +127,21 @@ def _check_quantized(module: Module, kind: LayerKind, contents: Contents, findin
         if (tensor.dtype, tensor.shape) != want:
             why = f" in a {form(contents.dtype)} model" if suffix == "deq_scale" and tensor.shape == part.shape else ""
             findings.problem(tensor.name, f"is {form(tensor.dtype, tensor.shape)}, expected {form(*want)}{why}")
+    return Layer(module, layer, out, width)
+
+
+def check_group_size(contents: Contents, layers: Sequence[Layer], findings: Findings) -> None:
+    """The one group size that the description has for all layers is that of one of them; 0 if none has groups."""
+    stated = contents.globals.get("group_size")
+    if any("MXFP" in layer.kind for layer in layers):
+        sizes, why = {BLOCK}, "with MX types"
+    elif sizes := {layer.form.group_size for layer in layers} - {0}:
+        why = "as the scales of grouped layers have it"
+    else:
+        sizes, why = {0}, "without grouped layers"
+    if stated is not None and stated not in sizes:
+        want = " or ".join(map(str, sorted(sizes)))
+        findings.problem(DESCRIPTION, f"group_size is {stated!r}, expected {want} {why}")
 
 
 def _check_names(module: Module, kind: LayerKind, expected: list[str], findings: Findings) -> None:
@@ -144,13 +163,14 @@ def _fused() -> list[list[str]]:
     return yaml.safe_load(table)["fused"]
 
 
-def check_fusions(contents: Contents, findings: Findings) -> Iterator[tuple[str, list[str]]]:
-    """Check that linears which engines fuse have one type, and the experts of a layer too.
+def check_fusions(contents: Contents, layers: Sequence[Layer], findings: Findings) -> Iterator[tuple[str, list[str]]]:
+    """Check that linears which engines fuse have one type and one size of groups, and the experts of a layer too.
 
     Yields:
-        Parent and leaf names of fused linears that are all W8A8, whose input parameters must therefore be equal.
+        Parent and leaf names of fused linears that are all static, whose input parameters must therefore be equal.
     """
     kinds = {module.prefix: module.kind for module in contents.modules()}
+    kinds |= {layer.prefix: str(layer.form) for layer in layers if layer.form.group_size}
     parents: dict[str, dict[str, str]] = {}
     experts: dict[str, dict[str, str]] = {}
     for prefix, kind in kinds.items():
@@ -164,7 +184,7 @@ def check_fusions(contents: Contents, findings: Findings) -> Iterator[tuple[str,
             if len(set(present.values())) > 1:
                 text = ", ".join(f"{leaf} is {kind}" for leaf, kind in present.items())
                 findings.problem(parent, f"engines fuse these linears and need one type: {text}")
-            elif len(present) > 1 and set(present.values()) == {str(LayerKind.W8A8)}:
+            elif len(present) > 1 and set(present.values()) <= _STATIC:
                 yield parent, list(present)
     for parent, members in experts.items():
         if len(set(members.values())) > 1:
@@ -178,14 +198,25 @@ def _two_kinds(members: Mapping[str, str]) -> tuple[str, str]:
     return first, next(name for name, kind in members.items() if kind != members[first])
 
 
-def loadable_layers(contents: Contents, engine: str | None) -> list[Loadable]:
-    """For every engine (or the one given), type and place: how many layers, and whether there is a class for them."""
-    found: dict[tuple[str, str], list[str]] = {}
-    for module in contents.modules():
-        if _is_linear(module, contents) and module.kind != "FAQuant":
-            found.setdefault((module.kind, layer_class(f"{module.prefix}.")), []).append(module.prefix)
-    return [
-        Loadable(name, kind, place, len(prefixes), is_loadable(name, kind, prefixes[0]), prefixes[0])
-        for name in ([engine] if engine else engines())
-        for (kind, place), prefixes in sorted(found.items())
-    ]
+def loadable_layers(contents: Contents, layers: Sequence[Layer], engine: str | None) -> list[Loadable]:
+    """For every engine that reads this format (or the one given), form and place: how many layers, and whether there is
+    a class for them."""
+    known = {layer.prefix: layer for layer in layers}
+    modules = [m for m in contents.modules() if _is_linear(m, contents) and m.kind != ATTENTION]
+    entries: list[Loadable] = []
+    for name in [engine] if engine else filter(reads_ascendv1, engines()):
+        found: dict[tuple[str, str, str | None], list[str]] = {}
+        for module in modules:
+            layer, where = known.get(module.prefix), f"{module.prefix}."
+            width = layer.width if layer is not None else None
+            shape = layer.form if layer is not None else None
+            why = obstacle(name, module.kind, where, shape, width)
+            label = str(shape) if shape is not None and module.kind == shape.kind else module.kind
+            found.setdefault((label, layer_class(where), why), []).append(module.prefix)
+        entries += [
+            Loadable(name, label, place, len(prefixes), why is None, prefixes[0], why or "")
+            for (label, place, why), prefixes in sorted(
+                found.items(), key=lambda item: (*item[0][:2], item[0][2] or "")
+            )
+        ]
+    return entries

@@ -45,10 +45,9 @@ _OPTIONAL: dict[str, type] = {
 _UNDESCRIBED = (".heads_rotation", ".kronecker_rotation_m", ".kronecker_rotation_n")
 # From the lowest type to the highest; the highest that occurs names the model. Types that are not listed never do.
 _RANKING = (
-    *(FLOAT, "W16A16S", "W8A16", "W8A8_DYNAMIC", "W8A8_MIX", "W8A8", "WFP8AFP8_DYNAMIC", "W8A8_MXFP8", "W4A8_MXFP"),
-    *("W4A4_DYNAMIC", "W4A4_MXFP4", "W4A4_MXFP4_DUALSCALE", "W4A4_MXFP4_SVD"),
+    *(FLOAT, "W16A16S", "W4A16", "W8A16", "W8A8_DYNAMIC", "W8A8_MIX", "W8A8", "W8A8S", "WFP8AFP8_DYNAMIC"),
+    *("W8A8_MXFP8", "W4A8_MXFP", "W4A4_DYNAMIC", "W4A4_MXFP4", "W4A4_MXFP4_DUALSCALE", "W4A4_MXFP4_SVD"),
 )
-_MX_TYPES = frozenset(kind for kind in _RANKING if "MX" in kind)
 
 
 def read_contents(folder: Path, findings: Findings) -> Contents:
@@ -206,11 +205,6 @@ def _model_type(contents: Contents, findings: Findings) -> None:
         findings.problem(
             DESCRIPTION, f"model_quant_type is {stated!r}, expected {expected!r}, the highest type present"
         )
-    size = contents.globals.get("group_size")
-    if present & _MX_TYPES and size != 32:
-        findings.problem(DESCRIPTION, f"group_size is {size!r}, expected 32 with MX types")
-    if "W4A8_DYNAMIC" in present and size != 0:
-        findings.problem(DESCRIPTION, f"group_size is {size!r}, expected 0 with W4A8_DYNAMIC experts")
     for key in ("kv_cache_type", "kv_quant_type"):
         have, want = contents.globals.get(key), "C8" if "C8" in present else None
         if have != want:

@@ -5,64 +5,27 @@ Every tensor is read once, in blocks of rows that stay in the cache; its pages a
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from slim_core.checkpoint.source import TensorSource
-from slim_core.evaluation.verify_findings import Contents, Findings, Module, form
+from slim_core.evaluation.verify_comparison import Bounds, WeightPass, go_through
+from slim_core.evaluation.verify_decoding import Decoder
+from slim_core.evaluation.verify_findings import Contents, Findings, Layer, form
+from slim_core.evaluation.verify_rows import all_finite, row_blocks
 from slim_core.quantization.kinds import LayerKind
 
-__all__ = ["Bounds", "check_fused_inputs", "check_quantized", "check_untouched", "row_blocks"]
+__all__ = ["check_fused_inputs", "check_quantized", "check_untouched", "is_shifted"]
 
-_BLOCK_ELEMENTS = 1 << 18
-_HELD_ELEMENTS = 1 << 24
-# A row of zero weights has the smallest scale there is, float32 epsilon.
-_SMALLEST_SCALE = 1e-6
 _INT32 = torch.iinfo(torch.int32)
-_INT8_ERROR = 0.02
-
-
-@dataclass(frozen=True)
-class Bounds:
-    """The original, and what may be held against it.
-
-    Args:
-        source: the float tensors, FP8 blocks decoded.
-        rows: whether the weight method is known to round to the nearest code of a scale that clips nothing, so that an
-            element further off than half a step is wrong and not just unusual.
-    """
-
-    source: TensorSource
-    rows: bool
-
-
-def row_blocks(shape: tuple[int, ...], held: Sequence[tuple[TensorSource, str]]) -> Iterator[tuple[int, int]]:
-    """Blocks of rows that fit the cache; memory behind the tensors ``held`` is given back on the way and at the end."""
-    width = 1
-    for n in shape[1:]:
-        width *= n
-    step = max(1, _BLOCK_ELEMENTS // max(width, 1))
-    touched = 0
-    for start in range(0, shape[0], step):
-        yield start, min(start + step, shape[0])
-        touched += step * width
-        if touched >= _HELD_ELEMENTS:
-            touched = 0
-            _release(held)
-    _release(held)
-
-
-def _release(held: Sequence[tuple[TensorSource, str]]) -> None:
-    for source, name in held:
-        source.release([name])
-
-
-def _all_finite(rows: Tensor) -> bool:
-    """NaN and infinity survive a sum; a sum that overflows by itself is looked at closely."""
-    return bool(torch.isfinite(rows.sum(dtype=torch.float32))) or bool(torch.isfinite(rows.float()).all())
+_NO_EXPONENT = 255
+# Kinds that may have a weight offset; for all others it is zero.
+_SHIFTED = (LayerKind.W8A16, LayerKind.W4A16, LayerKind.W4A4_DYNAMIC)
+_FLOAT_SCALES = ("weight_scale", "weight_scale_second", "weight_dual_scale")
+# The reference tool rounds products of scales and weights to bf16, which keeps eight bits.
+_BF16 = 2.0**-8
 
 
 def check_untouched(name: str, source: TensorSource, findings: Findings, original: TensorSource | None) -> bool:
@@ -81,7 +44,7 @@ def check_untouched(name: str, source: TensorSource, findings: Findings, origina
     for start, stop in row_blocks(meta.shape, held) if meta.shape else [(0, 0)]:
         rows = source.rows(name, start, stop) if meta.shape else source.load(name)
         if meta.dtype.is_floating_point and finite:
-            finite = _all_finite(rows.float() if meta.dtype.itemsize == 1 else rows)
+            finite = all_finite(rows.float() if meta.dtype.itemsize == 1 else rows)
         if original is not None and equal:
             other = original.rows(name, start, stop) if meta.shape else original.load(name)
             equal = torch.equal(_bits(rows), _bits(other))
@@ -98,34 +61,44 @@ def _bits(rows: Tensor) -> Tensor:
 
 
 def check_quantized(
-    module: Module, source: TensorSource, contents: Contents, findings: Findings, bounds: Bounds | None
-) -> None:
-    """Check the values of a quantized linear whose tensors are all there in the right shapes."""
-    prefix = module.prefix
-    names = [f"{prefix}.{suffix}" for suffix in module.parts]
+    layer: Layer, source: TensorSource, contents: Contents, findings: Findings, bounds: Bounds | None
+) -> WeightPass | None:
+    """Check the values of a quantized linear; gives what was found in its weight, None if that could not be read."""
+    prefix = layer.prefix
+    names = [f"{prefix}.{suffix}" for suffix in layer.module.parts]
     before = len(findings.problems)
-    part = {suffix: source.load(f"{prefix}.{suffix}") for suffix in module.parts if suffix != "weight"}
-    static = module.kind == LayerKind.W8A8
-    if static:
+    part = {suffix: source.load(f"{prefix}.{suffix}") for suffix in layer.module.parts if suffix != "weight"}
+    if layer.kind.has_static_input:
         _check_input(prefix, part, contents, findings)
-        scale = _decoded(f"{prefix}.deq_scale", part["deq_scale"], findings)
-        part["deq_scale"] = scale
-        _positive(f"{prefix}.deq_scale", scale, findings)
-        scale = (scale.double() / part["input_scale"].double()).unsqueeze(1)
-        offset = torch.zeros_like(scale)
-    else:
-        scale, offset = part["weight_scale"].double(), part["weight_offset"].double()
-        _positive(f"{prefix}.weight_scale", scale, findings)
-        _check_offset(prefix, module.kind, offset, findings)
-    if "bias" in part and not _all_finite(part["bias"]):
+        part["deq_scale"] = _decoded(f"{prefix}.deq_scale", part["deq_scale"], findings)
+        _positive(f"{prefix}.deq_scale", part["deq_scale"], findings)
+    _check_scales(prefix, part, findings)
+    for suffix in ("weight_offset", "weight_offset_second"):
+        if suffix in part:
+            _check_offset(f"{prefix}.{suffix}", layer.kind, part[suffix], findings)
+    if "bias" in part and not all_finite(part["bias"]):
         findings.problem(f"{prefix}.bias", "holds NaN or infinity")
+    parts = part["scale_bias"].shape[1] if "scale_bias" in part else 1
+    if layer.width % parts:
+        findings.problem(
+            f"{prefix}.scale_bias", f"has {parts} columns, which do not divide {layer.width} input features"
+        )
     sound = len(findings.problems) == before
-    row_sums = _pass(f"{prefix}.weight", source, scale, offset, findings, bounds if sound else None)
-    if static and sound:
-        _check_quant_bias(prefix, part, row_sums, findings)
+    seen = None
+    if sound or not layer.width % parts:
+        seen = go_through(layer, source, Decoder.of(layer, part), findings, bounds if sound else None, parts)
+    if sound and seen is not None:
+        _check_derived(layer, part, seen, findings)
     if bounds is not None and "bias" in part:
         _check_bias(prefix, part["bias"], bounds.source, findings)
     source.release(names)
+    return seen
+
+
+def is_shifted(layer: Layer, source: TensorSource) -> bool:
+    """Whether a weight has an offset that is not zero."""
+    name = f"{layer.prefix}.weight_offset"
+    return layer.kind in _SHIFTED and name in source and bool((source.load(name) != 0).any())
 
 
 def _decoded(name: str, stored: Tensor, findings: Findings) -> Tensor:
@@ -141,12 +114,26 @@ def _decoded(name: str, stored: Tensor, findings: Findings) -> Tensor:
 def _positive(name: str, scale: Tensor, findings: Findings) -> None:
     bad = ~(torch.isfinite(scale) & (scale > 0))
     if bool(bad.any()):
-        row = int(bad.flatten().nonzero()[0])
-        value = float(scale.flatten()[row])
-        findings.problem(name, f"is {value} in row {row} ({int(bad.sum())} such rows), expected finite and above 0")
+        row = int(bad.nonzero()[0, 0])
+        value = float(scale[bad][0])
+        count = int(bad.reshape(len(bad), -1).any(1).sum())
+        findings.problem(name, f"is {value} in row {row} ({count} such rows), expected finite and above 0")
 
 
-def _check_input(prefix: str, part: dict[str, Tensor], contents: Contents, findings: Findings) -> None:
+def _check_scales(prefix: str, part: Mapping[str, Tensor], findings: Findings) -> None:
+    for suffix in _FLOAT_SCALES:
+        scale = part.get(suffix)
+        if scale is None:
+            continue
+        name = f"{prefix}.{suffix}"
+        if scale.dtype != torch.uint8:
+            _positive(name, scale, findings)
+        elif bool((bad := scale == _NO_EXPONENT).any()):
+            row = int(bad.any(1).nonzero()[0])
+            findings.problem(name, f"is 255 in row {row}, which stands for NaN; expected exponents 0..254")
+
+
+def _check_input(prefix: str, part: Mapping[str, Tensor], contents: Contents, findings: Findings) -> None:
     scale, offset = part["input_scale"], float(part["input_offset"])
     _positive(f"{prefix}.input_scale", scale, findings)
     if not (offset == round(offset) if offset == offset and abs(offset) < 1e9 else False) or not -128 <= offset <= 127:
@@ -159,21 +146,32 @@ def _check_input(prefix: str, part: dict[str, Tensor], contents: Contents, findi
         )
 
 
-def _check_offset(prefix: str, kind: str, offset: Tensor, findings: Findings) -> None:
-    name = f"{prefix}.weight_offset"
-    if kind == LayerKind.W8A8_DYNAMIC and bool((offset != 0).any()):
-        findings.problem(name, f"is not zero everywhere, as a {kind} layer needs it")
-    elif bool((offset != offset.round()).any()) or bool((offset.abs() > 128).any()) or not _all_finite(offset):
-        findings.problem(name, "holds values that are not integers in -128..127")
+def _check_offset(name: str, kind: LayerKind, offset: Tensor, findings: Findings) -> None:
+    low = -(2 ** (kind.weight_bits - 1))
+    if kind not in _SHIFTED:
+        if bool((offset != 0).any()):
+            findings.problem(name, f"is not zero everywhere, as a {kind} layer needs it")
+    elif not bool(((offset == offset.round()) & (offset >= low) & (offset < -low)).all()):
+        findings.problem(name, f"holds values that are not integers in {low}..{-low - 1}")
 
 
-def _check_quant_bias(prefix: str, part: dict[str, Tensor], row_sums: Tensor, findings: Findings) -> None:
+def _check_derived(layer: Layer, part: Mapping[str, Tensor], seen: WeightPass, findings: Findings) -> None:
+    """Check the parameters that follow from others."""
+    if layer.kind.has_static_input:
+        _check_quant_bias(layer.prefix, part, seen.row_sums, findings)
+    if layer.kind is LayerKind.W8A8_MIX:
+        _check_deq_scale(layer.prefix, part, findings)
+    if layer.kind is LayerKind.W4A8_DYNAMIC:
+        _check_scale_bias(layer.prefix, part["scale_bias"], seen, findings)
+
+
+def _check_quant_bias(prefix: str, part: Mapping[str, Tensor], row_sums: Tensor, findings: Findings) -> None:
     exact = -part["input_offset"].double() * row_sums.double()
     if "bias" in part:
         exact = exact + part["bias"].double() / part["deq_scale"].double()
     exact = exact.clamp(_INT32.min, _INT32.max)
     off = (part["quant_bias"].double() - exact).abs()
-    if float(off.max()) > 1:
+    if off.numel() and float(off.max()) > 1:
         row = int(off.argmax())
         findings.problem(
             f"{prefix}.quant_bias",
@@ -182,84 +180,45 @@ def _check_quant_bias(prefix: str, part: dict[str, Tensor], row_sums: Tensor, fi
         )
 
 
+def _check_deq_scale(prefix: str, part: Mapping[str, Tensor], findings: Findings) -> None:
+    """Where the weight's scale is stored too, the two must say the same."""
+    want = part["input_scale"].double() * part["weight_scale"].double().flatten()
+    off = (part["deq_scale"].double() / want - 1).abs()
+    if off.numel() and float(off.max()) > 2 * _BF16:
+        row = int(off.argmax())
+        findings.problem(
+            f"{prefix}.deq_scale",
+            f"is {float(part['deq_scale'][row]):.6g} in row {row}, expected input_scale * weight_scale = "
+            f"{float(want[row]):.6g}",
+        )
+
+
+def _check_scale_bias(prefix: str, stored: Tensor, seen: WeightPass, findings: Findings) -> None:
+    """``8 * sum(codes * scale)``, of the whole row or of each of its parts.
+
+    A wrong order of the halves of a byte, or a wrong axis, is off by about the root of the energy of a part.
+    """
+    if not bool(torch.isfinite(stored).all()):
+        findings.problem(f"{prefix}.scale_bias", "holds NaN or infinity")
+        return
+    want = 8 * seen.part_sums
+    room = _BF16 * (want.abs() + 8 * seen.part_energy.sqrt()) + torch.finfo(torch.float32).tiny
+    excess = (stored.double() - want).abs() / room
+    if excess.numel() and float(excess.max()) > 1:
+        row, column = divmod(int(excess.argmax()), stored.shape[1])
+        findings.problem(
+            f"{prefix}.scale_bias",
+            f"is {float(stored[row, column]):.6g} in row {row}, column {column}, expected "
+            f"{float(want[row, column]):.6g} (8 * sum of the codes times their scale)",
+        )
+
+
 def _check_bias(prefix: str, bias: Tensor, original: TensorSource, findings: Findings) -> None:
     name = f"{prefix}.bias"
     if name not in original:
         findings.problem(name, "the original linear has no bias")
-    elif not torch.equal(original.load(name).float(), bias):
+    elif not torch.equal(original.load(name).float(), bias.float()):
         findings.problem(name, "differs from the bias of the original")
-
-
-def _pass(
-    name: str, source: TensorSource, scale: Tensor, offset: Tensor, findings: Findings, bounds: Bounds | None
-) -> Tensor:
-    """Go through a weight once: the sum of each row's codes, and with an original the error of what they stand for.
-
-    ``scale`` and ``offset`` are float64 ``(out, 1)``.
-    """
-    meta = source.meta(name)
-    sums = torch.empty(meta.shape[0], dtype=torch.int64)
-    original = bounds.source if bounds is not None and _comparable(name, meta.shape, bounds.source, findings) else None
-    noise = signal = 0.0
-    outside: tuple[int, float] | None = None
-    empty: str | None = None
-    scale32, offset32 = scale.float(), offset.float()
-    held = [(source, name)] if original is None else [(source, name), (original, name)]
-    for start, stop in row_blocks(meta.shape, held):
-        codes = source.rows(name, start, stop)
-        sums[start:stop] = codes.sum(1)
-        empty = empty or _unwritten(codes, sums[start:stop], scale32[start:stop], offset32[start:stop], start)
-        if original is None:
-            continue
-        exact = original.rows(name, start, stop).float()
-        step = scale32[start:stop]
-        # Half a step, a whole one where an offset was rounded too, and room for float32 arithmetic.
-        room = step * (0.5 + 0.5 * (offset32[start:stop] != 0)) + exact.abs().amax(1, keepdim=True) * 1e-5
-        signal += float(exact.square().sum(dtype=torch.float64))
-        error = codes.float().sub_(offset32[start:stop]).mul_(step).sub_(exact)
-        noise += float(error.square().sum(dtype=torch.float64))
-        excess = (error.abs_().amax(1, keepdim=True) / room).flatten()
-        worst = int(excess.argmax())
-        if outside is None and not float(excess[worst]) <= 1:
-            outside = (start + worst, float(excess[worst]))
-    if original is not None:
-        _judge(name, signal, noise, outside, findings, rows=bool(bounds and bounds.rows))
-    if empty:
-        findings.problem(name, empty)
-    return sums
-
-
-def _unwritten(codes: Tensor, sums: Tensor, scale: Tensor, offset: Tensor, first: int) -> str | None:
-    """What is wrong if a row has a scale but no codes, as a hole in the file leaves it."""
-    for row in ((sums == 0) & (scale > _SMALLEST_SCALE).flatten() & (offset == 0).flatten()).nonzero().flatten():
-        if not bool(codes[row].any()):
-            return f"row {first + int(row)} has only zeros, though its scale is {float(scale[row]):.3g}"
-    return None
-
-
-def _comparable(name: str, shape: tuple[int, ...], original: TensorSource, findings: Findings) -> bool:
-    if name not in original:
-        return False
-    if original.meta(name).shape != shape:
-        findings.problem(name, f"has shape {list(shape)}, the original {list(original.meta(name).shape)}")
-        return False
-    return True
-
-
-def _judge(
-    name: str, signal: float, noise: float, outside: tuple[int, float] | None, findings: Findings, *, rows: bool
-) -> None:
-    """An error within half a step everywhere is what int8 rounding costs, however large; beyond that it is a defect."""
-    relative = (noise / signal) ** 0.5 if signal else (float("inf") if noise else 0.0)
-    large = f"its relative error against the original is {relative:.2%}, expected below {_INT8_ERROR:.0%}"
-    far = f"row {outside[0]} is off by {outside[1]:.3g} times what rounding to its scale allows" if outside else ""
-    if relative < _INT8_ERROR:
-        if far:
-            (findings.problem if rows else findings.warn)(name, far)
-    elif far:
-        findings.problem(name, f"{large}; {far}")
-    else:
-        findings.warn(name, f"{large}; every element is within half a step, so its rows have outliers")
 
 
 def check_fused_inputs(parent: str, leaves: list[str], source: TensorSource, findings: Findings) -> None:

@@ -6,8 +6,10 @@ nothing else of the model is in memory.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from copy import copy
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -15,11 +17,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from slim_core.checkpoint.source import TensorSource
-from slim_core.errors import InvalidModelError, UnsupportedError
+from slim_core.checkpoint.source import TensorMeta, TensorSource
+from slim_core.errors import InvalidModelError, UnexpectedError
+from slim_core.model.attention import AttentionAccess, AttentionInfo, Tap
+from slim_core.model.biases import drop_bias, expect_bias
 from slim_core.model.skeleton import find_blocks, named_modules
 
-__all__ = ["LinearInfo", "StreamedModel", "Unit"]
+__all__ = ["Addition", "LinearInfo", "StreamedModel", "Unit"]
 
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
@@ -37,6 +41,15 @@ class LinearInfo:
 
 
 @dataclass(frozen=True)
+class Addition:
+    """A parameter that the model has beyond those of its checkpoint, e.g. the bias that a shift leaves behind."""
+
+    parameter: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Unit:
     """A part of the model that is in memory as a whole.
 
@@ -46,6 +59,8 @@ class Unit:
         parameters: parameter (or buffer) name to checkpoint tensor, for all that this unit owns.
         tensors: what the unit writes, output name to the checkpoint tensor it comes from; differs for tied weights.
         linears: the linears among its modules.
+        attentions: the attentions among its modules, as far as whoever opened the model knows them.
+        added: parameters that are in no checkpoint, and the tensors that they will be written as.
     """
 
     name: str
@@ -53,6 +68,8 @@ class Unit:
     parameters: dict[str, str]
     tensors: dict[str, str]
     linears: tuple[LinearInfo, ...] = ()
+    attentions: tuple[AttentionInfo, ...] = ()
+    added: Mapping[str, TensorMeta] = field(default_factory=dict[str, TensorMeta])
 
 
 @dataclass
@@ -67,10 +84,10 @@ class StreamedModel:
         blocks_name: dotted name of the block list; found by size if not given.
         tensor_name: turns a parameter name into the checkpoint's name for it, where the two differ.
         skip: checkpoint tensors that are not read through this model (those of quantized linears).
+        attention: the attentions of the model and the way to their states; None if nobody knows.
 
     Raises:
         InvalidModelError: a parameter has no tensor, or one of another shape.
-        UnsupportedError: the model's experts are fused.
     """
 
     module: nn.Module
@@ -80,6 +97,7 @@ class StreamedModel:
     blocks_name: str = ""
     tensor_name: Callable[[str], str] = str
     skip: frozenset[str] = frozenset()
+    attention: AttentionAccess | None = None
     units: list[Unit] = field(default_factory=list[Unit], init=False)
 
     def __post_init__(self) -> None:
@@ -110,9 +128,50 @@ class StreamedModel:
         """Whether some tensor is written under a second name."""
         return any(output != origin for unit in self.units for output, origin in unit.tensors.items())
 
+    def with_source(self, source: TensorSource) -> StreamedModel:
+        """The same model over a source whose tensors have the same names, dtypes and shapes."""
+        model = copy(self)
+        model.source = source
+        return model
+
+    def with_additions(self, additions: Iterable[Addition]) -> StreamedModel:
+        """The same model, its units having these parameters as well; modules that are given a bias add it, and linears
+        know of it."""
+        model = copy(self)
+        wanted = {addition.parameter: addition for addition in additions}
+        model.units = [self._extended(unit, wanted) for unit in self.units]
+        for name in wanted:
+            if name.endswith(".bias"):
+                path = name.removesuffix(".bias")
+                expect_bias(self.module.get_submodule(path), path)
+        return model
+
+    def _extended(self, unit: Unit, additions: Mapping[str, Addition]) -> Unit:
+        mine = {
+            name: TensorMeta(self._name_of_addition(name), addition.dtype, addition.shape)
+            for name, addition in additions.items()
+            if name.startswith(f"{unit.name}.") and name not in unit.parameters
+        }
+        if not mine:
+            return unit
+        linears = tuple(replace(info, has_bias=info.has_bias or f"{info.name}.bias" in mine) for info in unit.linears)
+        return replace(unit, linears=linears, added={**unit.added, **mine})
+
+    def _name_of_addition(self, parameter: str) -> str:
+        """A name like that of the module's weight, which the checkpoint may call otherwise than the model does."""
+        path, _, leaf = parameter.rpartition(".")
+        weight = self.tensor_name(f"{path}.weight")
+        known = f"{path}.weight" in self._shapes and weight.endswith(".weight")
+        return weight.removesuffix("weight") + leaf if known else self.tensor_name(parameter)
+
+    def _stored_name(self, parameter: str) -> str:
+        """The checkpoint's name of a parameter; one that was added is called like its module's weight."""
+        name = self.tensor_name(parameter)
+        return self._name_of_addition(parameter) if name not in self.source and parameter.endswith(".bias") else name
+
     def _match(self) -> tuple[dict[str, str], dict[str, str]]:
         """Checkpoint tensor of each parameter, and of each name that is not stored but tied to one that is."""
-        stored = {name: self.tensor_name(name) for name in self._shapes}
+        stored = {name: self._stored_name(name) for name in self._shapes}
         here = {name: there for name, there in stored.items() if there in self.source and there not in self.skip}
         holder: dict[int, str] = {}
         for name, there in here.items():
@@ -130,13 +189,6 @@ class StreamedModel:
             elif isinstance(tensor, nn.Parameter):
                 missing.append(stored[name])
         if missing:
-            if any(self._shapes[name].dim() == 3 and stored[name] in missing for name in self._shapes):
-                raise UnsupportedError(
-                    f"the model fuses its experts ({missing[0]!r}); mixture-of-experts models are not supported by "
-                    "this version",
-                    where=str(self.folder),
-                    remedy="use a dense model, or a version of Slim with support for experts",
-                )
             near = get_close_matches(missing[0], list(self.source), n=1)
             raise InvalidModelError(
                 f"{len(missing)} tensors of the model are not in the checkpoint, among them {missing[0]!r}"
@@ -187,7 +239,8 @@ class StreamedModel:
             }
             written |= set(tensors)
             block = number - 1 if 0 < number <= count else None
-            units.append(Unit(name, block, parameters, tensors, tuple(linears.get(name, ()))))
+            attentions = self._attentions(name) if block is not None else ()
+            units.append(Unit(name, block, parameters, tensors, tuple(linears.get(name, ())), attentions))
         extra = {name: name for name in self.source if name not in written}
         if extra:
             units.append(Unit("extra", None, {}, extra))
@@ -198,6 +251,8 @@ class StreamedModel:
         for name, module in named_modules(self.module):
             weight = f"{name}.weight"
             if not isinstance(module, nn.Linear) or weight not in self._names:
+                continue
+            if type(module).forward is not nn.Linear.forward:  # does more than what would take its place, as routers do
                 continue
             in_block = name.startswith(prefix)
             unit = prefix + name.removeprefix(prefix).split(".", 1)[0] if in_block else "epilogue"
@@ -213,6 +268,18 @@ class StreamedModel:
             )
         return found
 
+    def _attentions(self, unit: str) -> tuple[AttentionInfo, ...]:
+        known = self.attention.attentions if self.attention is not None else ()
+        return tuple(info for info in known if info.name.startswith(f"{unit}."))
+
+    def tapped(self, taps: Mapping[str, Tap]) -> AbstractContextManager[None]:
+        """See :meth:`AttentionAccess.tapped`."""
+        if not taps:
+            return nullcontext()
+        if self.attention is None:
+            raise UnexpectedError("the states of its attentions cannot be reached", where=next(iter(taps)))
+        return self.attention.tapped(taps)
+
     def load(self, names: Iterable[str], device: torch.device) -> None:
         """Give these parameters their values on a device. On the CPU they are views of the mapped checkpoint."""
         for name in names:
@@ -222,8 +289,12 @@ class StreamedModel:
             _assign(self.module, name, value, self._shapes[name])
 
     def unload(self, names: Iterable[str]) -> None:
-        """Put these parameters back on ``meta`` and give their memory back."""
-        names = [name for name in names if name in self._names]
+        """Put these parameters back on ``meta`` and give their memory back; biases that were added are dropped."""
+        wanted = list(names)
+        for name in wanted:
+            if name not in self._names and name.endswith(".bias"):
+                drop_bias(self.module.get_submodule(name.removesuffix(".bias")))
+        names = [name for name in wanted if name in self._names]
         for name in names:
             _assign(self.module, name, self._shapes[name], self._shapes[name])
         self.source.release(self._names[name] for name in names)
@@ -231,6 +302,15 @@ class StreamedModel:
     def tensors_of(self, names: Iterable[str]) -> list[str]:
         """The checkpoint tensors behind parameters."""
         return [self._names[name] for name in names if name in self._names]
+
+    def made_while_read(self, kind: type[nn.Module]) -> list[str]:
+        """Weights outside the blocks of modules of a kind that are not stored as they are: they take memory."""
+        return [
+            name
+            for name in self.outside
+            if isinstance(self.module.get_submodule(name.rpartition(".")[0]), kind)
+            and self.source.stored(self._names[name]) is None
+        ]
 
     @property
     def outside(self) -> list[str]:

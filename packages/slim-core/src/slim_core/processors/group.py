@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from pydantic import Field
 
-from slim_core.model.units import LinearInfo
-from slim_core.processors.base import Assignment, LinearRule, Processor, UnitWork, create_processor
-from slim_core.quantization.statistics import Need
+from slim_core.processors.base import Processor, create_processor
 from slim_core.recipe import AnyProcessor, ProcessorConfig
 
 __all__ = ["Group", "GroupConfig"]
@@ -23,43 +20,13 @@ class GroupConfig(ProcessorConfig):
 
 
 class Group(Processor):
-    """Hands everything on to its members, in order."""
+    """Stands for its members, in order. All processors share the forward of a block anyway."""
 
     Config = GroupConfig
 
     def __init__(self, config: Any, position: str) -> None:
         super().__init__(config, position)
-        self.members: list[Processor] = [
-            create_processor(member, f"{position}.configs[{i}]") for i, member in enumerate(config.configs)
-        ]
+        self._members = [create_processor(one, f"{position}.configs[{i}]") for i, one in enumerate(config.configs)]
 
-    @property
-    def runs_block(self) -> bool:
-        return any(member.runs_block for member in self.members)
-
-    @property
-    def wants_float_targets(self) -> bool:
-        return any(member.wants_float_targets for member in self.members)
-
-    def rules(self) -> list[LinearRule]:
-        return [rule for member in self.members for rule in member.rules()]
-
-    def notes(self) -> list[str]:
-        return [note for member in self.members for note in member.notes()]
-
-    def requests(
-        self, linears: Sequence[LinearInfo], assignments: Mapping[str, Assignment]
-    ) -> Mapping[str, frozenset[Need]]:
-        wanted: dict[str, frozenset[Need]] = {}
-        for member in self.members:
-            for name, needs in member.requests(linears, assignments).items():
-                wanted[name] = wanted.get(name, frozenset()) | needs
-        return wanted
-
-    def check(self, linears: Sequence[LinearInfo], assignments: Mapping[str, Assignment]) -> None:
-        for member in self.members:
-            member.check(linears, assignments)
-
-    def process(self, work: UnitWork) -> None:
-        for member in self.members:
-            member.process(work)
+    def leaves(self) -> list[Processor]:
+        return [leaf for member in self._members for leaf in member.leaves()]

@@ -14,13 +14,15 @@ from slim_core.processors.base import Assignment, LinearRule, Processor, UnitWor
 from slim_core.quantization.building import build_layer, check_shape, needs_of
 from slim_core.quantization.kinds import layer_form
 from slim_core.quantization.methods import quantize_weight
-from slim_core.recipe import Exclude, Include, LinearQConfig, NameFilter, ProcessorConfig
+from slim_core.recipe import Exclude, Include, LinearQConfig, NameFilter, Phase, ProcessorConfig
 
 __all__ = ["LinearQuant", "LinearQuantConfig"]
 
 
 class LinearQuantConfig(ProcessorConfig):
     """Quantize the linears that ``include`` names and ``exclude`` does not."""
+
+    phase = Phase.QUANTIZATION
 
     type: Literal["linear_quant"] = "linear_quant"
     qconfig: LinearQConfig = Field(description="How activations and weights are quantized")

@@ -1,9 +1,9 @@
 """Recipes: YAML in, validated and immutable configuration out. Imports no torch."""
 
-from slim_core.recipe.base import Flag, Integer, Number, ProcessorConfig, SaverConfig, StrictModel
+from slim_core.recipe.base import Flag, Integer, Number, Phase, ProcessorConfig, SaverConfig, StrictModel
 from slim_core.recipe.json_schema import recipe_json_schema
-from slim_core.recipe.load import Recipe, dump_recipe, load_recipe, recipe_from_dict
-from slim_core.recipe.patterns import Exclude, Include, NameFilter, NamePattern
+from slim_core.recipe.load import Recipe, dump_recipe, dump_yaml, load_recipe, recipe_from_dict
+from slim_core.recipe.patterns import Exclude, Include, NameFilter, NamePattern, escape_pattern
 from slim_core.recipe.plugins import (
     AnyProcessor,
     AnySaver,
@@ -34,6 +34,7 @@ __all__ = [
     "NameFilter",
     "NamePattern",
     "Number",
+    "Phase",
     "PriorStage",
     "ProcessorConfig",
     "QConfig",
@@ -44,6 +45,8 @@ __all__ = [
     "StrictModel",
     "WeightConfig",
     "dump_recipe",
+    "dump_yaml",
+    "escape_pattern",
     "forget_plugins",
     "load_recipe",
     "plugin_names",

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from enum import IntEnum
 from types import UnionType
-from typing import Annotated, Any, Union, cast, get_args, get_origin
+from typing import Annotated, Any, ClassVar, Union, cast, get_args, get_origin
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
-__all__ = ["Flag", "Integer", "Number", "ProcessorConfig", "SaverConfig", "StrictModel"]
+__all__ = ["Flag", "Integer", "Number", "Phase", "ProcessorConfig", "SaverConfig", "StrictModel"]
 
 
 def _no_flag(value: Any) -> Any:
@@ -74,11 +75,31 @@ def _warnings_of(place: str, value: Any) -> list[str]:
     return []
 
 
+class Phase(IntEnum):
+    """What a processor does to the model; in a recipe all of one phase come before those of the next."""
+
+    ROTATION = 1
+    SMOOTHING = 2
+    QUANTIZATION = 3
+
+
 class ProcessorConfig(StrictModel):
     """Configuration of one processor. Subclasses narrow ``type`` to the literal name of their entry point."""
 
+    phase: ClassVar[Phase | None] = None
+    """Where it must stand among the processors of a recipe; None: anywhere."""
+
     # A string; declared Any since a type checker lets no mutable field be narrowed to a literal.
     type: Any = Field(description="Which processor this is")
+
+    def objection(self, stages: Sequence[Sequence[ProcessorConfig]], at: int) -> str | None:
+        """Why it cannot stand in this stage of a recipe, given what stands in the others; None if it can.
+
+        Args:
+            stages: the processors of all stages, groups replaced by their members; the main stage is the last.
+            at: which of the stages it stands in.
+        """
+        return None
 
 
 class SaverConfig(StrictModel):

@@ -16,7 +16,7 @@ from slim_core.recipe.schema import Metadata, SpecV1
 from slim_core.recipe.wording import nearest_name
 from slim_core.recipe.yaml_source import Document, Location, kind_of, read_yaml
 
-__all__ = ["Recipe", "dump_recipe", "load_recipe", "recipe_from_dict"]
+__all__ = ["Recipe", "dump_recipe", "dump_yaml", "load_recipe", "recipe_from_dict"]
 
 S = TypeVar("S", bound=BaseModel)
 
@@ -85,7 +85,12 @@ def dump_recipe(recipe: Recipe, spec: BaseModel | None = None) -> str:
         "metadata": recipe.metadata.model_dump(mode="json"),
         **recipe.extra,
     }
-    return yaml.dump(content, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+    return dump_yaml(content)
+
+
+def dump_yaml(content: Mapping[str, Any]) -> str:
+    """Plain data as the YAML of a recipe: keys in their order, aliases written out."""
+    return yaml.dump(dict(content), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
 class _Dumper(yaml.SafeDumper):

@@ -27,7 +27,7 @@ from pydantic import AfterValidator, Field
 
 from slim_core.errors import SchemaValidateError
 
-__all__ = ["Exclude", "Include", "NameFilter", "NamePattern", "check_pattern", "compile_pattern"]
+__all__ = ["Exclude", "Include", "NameFilter", "NamePattern", "check_pattern", "compile_pattern", "escape_pattern"]
 
 MAX_LENGTH = 200
 MAX_ALTERNATIVES = 1000
@@ -48,6 +48,11 @@ def compile_pattern(pattern: str) -> re.Pattern[str]:
         raise ValueError(f"the pattern has {len(pattern)} characters, at most {MAX_LENGTH} are allowed")
     alternatives, _ = _expand(pattern, 0, nested=False)
     return re.compile("|".join(_translate(text, pattern) for text in dict.fromkeys(alternatives)), re.DOTALL)
+
+
+def escape_pattern(name: str) -> str:
+    """The pattern that matches this name and nothing else."""
+    return re.sub(r"[\\*?\[\]{}]", r"\\\g<0>", name)
 
 
 def check_pattern(pattern: str) -> str:

@@ -12,7 +12,9 @@ from pydantic_core import ErrorDetails
 from typing_extensions import get_type_hints, is_typeddict
 
 from slim_core.errors import EnvError, SchemaValidateError, UnsupportedError
+from slim_core.recipe.order import WRONG_ORDER
 from slim_core.recipe.plugins import PluginConfig
+from slim_core.recipe.stages import WRONG_STAGE
 from slim_core.recipe.wording import nearest, one_of
 from slim_core.recipe.yaml_source import Document, Location, kind_of
 
@@ -20,7 +22,7 @@ __all__ = ["dotted", "validate"]
 
 M = TypeVar("M", bound=BaseModel)
 
-_OWN_WORDS = {"unknown_type", "missing_type"}
+_OWN_WORDS = {"unknown_type", "missing_type", WRONG_ORDER, WRONG_STAGE}
 _KEYWORD = re.compile(r"'([^']*)'")
 
 
@@ -134,6 +136,7 @@ def _fields(annotation: Any) -> dict[str, Any]:
         return {
             field.alias or name: Annotated[field.annotation, *field.metadata] if field.metadata else field.annotation
             for name, field in annotation.model_fields.items()
+            if not field.exclude  # a field that is there to be refused with its reason
         }
     if is_typeddict(cast("Any", annotation)):
         return get_type_hints(annotation, include_extras=True)

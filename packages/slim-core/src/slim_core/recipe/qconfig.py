@@ -18,11 +18,12 @@ DType = Literal["float", "int8", "int4", "mxfp8", "mxfp4", "fp8_e4m3"]
 Scope = Literal["per_tensor", "per_channel", "per_group", "per_block", "per_token", "pd_mix", "per_head", "dual_scale"]
 
 _SEARCH = frozenset({"enable_search", "search_min", "search_max", "search_step"})
+_MOST_STEPS = 1000
 METHODS: Mapping[str, frozenset[str]] = {
     "none": frozenset(),
     "minmax": frozenset({"aggregation_type", "axes", "group_size"}),
     "histogram": frozenset({"bins", "metric", "percentile"}),
-    "ssz": frozenset({"step", "group_size"}),
+    "ssz": frozenset({"step", "weighted", "group_size"}),
     "gptq": frozenset({"percdamp", "block_size", "group_size", "actorder"}),
     "autoround": frozenset({"group_size", "scale_dtype"}),
     "sparse": frozenset({"fraction", "use_sigma", "sigma_factor"}),
@@ -39,6 +40,8 @@ _SCOPES_OF_KEY: Mapping[str, frozenset[str]] = {
     "group_size": frozenset({"per_group"}),
 }
 _FLOATING = ("float", "mxfp8", "mxfp4", "fp8_e4m3")
+# What the reference tool allows for the method sparse; other values are carried out as well.
+_DOCUMENTED = {"fraction": (0.01, 0.1), "sigma_factor": (3, 4)}
 
 
 class Ext(TypedDict, total=False):
@@ -49,17 +52,28 @@ class Ext(TypedDict, total=False):
     aggregation_type: Annotated[
         Literal["max", "mean"], Field(description="minmax: extremes over all batches, or mean of each batch's")
     ]
-    step: Annotated[Integer, Field(gt=0, description="ssz: iterations")]
+    step: Annotated[Integer, Field(gt=0, description="ssz: least-squares steps, at most. Default: 50")]
+    weighted: Annotated[
+        Flag, Field(description="ssz: count the error of a column by its mean squared input. Default: false")
+    ]
     actorder: Annotated[Flag, Field(description="gptq: solve the columns with the largest inputs first. Default: true")]
-    percdamp: Annotated[Number, Field(gt=0, description="gptq: damping as a share of the Hessian's mean diagonal")]
-    block_size: Annotated[Integer, Field(gt=0, description="gptq: input columns solved at a time")]
+    percdamp: Annotated[
+        Number, Field(gt=0, description="gptq: damping as a share of the Hessian's mean diagonal. Default: 0.01")
+    ]
+    block_size: Annotated[Integer, Field(gt=0, description="gptq: input columns solved at a time. Default: 128")]
     group_size: Annotated[Integer, Field(gt=0, description="per_group scope: input columns that share a scale")]
     scale_dtype: Annotated[
         Literal["float16", "float32", "bfloat16"], Field(description="autoround: precision of the scales")
     ]
-    fraction: Annotated[Number, Field(ge=0, le=1, description="sparse: share of weights kept at full width")]
-    use_sigma: Annotated[Flag, Field(description="sparse: keep what lies outside sigma_factor deviations instead")]
-    sigma_factor: Annotated[Number, Field(gt=0, description="sparse: standard deviations from the mean")]
+    fraction: Annotated[
+        Number, Field(ge=0, le=1, description="sparse: share of each row's weights kept at full width. Default: 0.01")
+    ]
+    use_sigma: Annotated[
+        Flag, Field(description="sparse: keep what lies outside sigma_factor deviations instead. Default: false")
+    ]
+    sigma_factor: Annotated[
+        Number, Field(gt=0, description="sparse: standard deviations from the row's mean. Default: 3.0")
+    ]
     axes: Annotated[Integer | list[Integer], Field(description="MX formats: axis along which the blocks run")]
     dual_block_size: Annotated[Integer, Field(gt=0, description="dualscale: columns that share the outer scale")]
     ceil_x_value: Annotated[Number, Field(ge=6, le=12, description="ceil_x: where a block's maximum is mapped to")]
@@ -67,9 +81,14 @@ class Ext(TypedDict, total=False):
     search_min: Annotated[Number, Field(gt=0, description="ceil_x: lowest value searched")]
     search_max: Annotated[Number, Field(gt=0, description="ceil_x: highest value searched")]
     search_step: Annotated[Number, Field(gt=0, description="ceil_x: distance between the values searched")]
-    bins: Annotated[Integer, Field(gt=1, description="histogram: number of bins")]
-    metric: Annotated[str, Field(description="histogram: what the clipping range minimises")]
-    percentile: Annotated[Number, Field(gt=0, le=100, description="histogram: share of values kept, in percent")]
+    bins: Annotated[Integer, Field(gt=1, le=32768, description="histogram: number of bins, at most. Default: 8192")]
+    metric: Annotated[
+        Literal["mse", "percentile", "entropy"],
+        Field(description="histogram: what the clipping range minimises, or that it keeps a percentile. Default: mse"),
+    ]
+    percentile: Annotated[
+        Number, Field(gt=0, le=100, description="histogram, metric percentile: percent of values kept. Default: 99.99")
+    ]
 
 
 class QConfig(StrictModel):
@@ -106,15 +125,46 @@ class QConfig(StrictModel):
                 "ext.search_max ({high}) must exceed ext.search_min ({low})",
                 {"low": low, "high": high},
             )
+        step = self.ext.get("search_step", 0.25)
+        if _SEARCH & self.ext.keys() and (high - low) / step > _MOST_STEPS:
+            raise PydanticCustomError(
+                "search_step",
+                "ext.search_step ({step}) makes more than {most} values to try; take a larger one",
+                {"step": step, "most": _MOST_STEPS},
+            )
         return self
 
     def warnings(self) -> list[str]:
-        """The keys of ``ext`` that have no effect with this method and scope."""
-        return [
+        """The keys of ``ext`` that have no effect with this method and scope, or an unusual value."""
+        ignored = [
             f"ext.{key} has no effect with method {self.method} and scope {self.scope}"
             for key in self.ext
             if key not in self.methods[self.method] or self.scope not in _SCOPES_OF_KEY.get(key, {self.scope})
         ]
+        if self.method == "ceil_x":
+            return ignored + self._search_warnings()
+        metric = self.ext.get("metric", "mse")
+        if self.method == "histogram" and "percentile" in self.ext and metric != "percentile":
+            ignored.append(f"ext.percentile has no effect with ext.metric {metric}")
+        return ignored + (self._sparse_warnings() if self.method == "sparse" else [])
+
+    def _search_warnings(self) -> list[str]:
+        searching = self.ext.get("enable_search", False)
+        idle = {"ceil_x_value"} if searching else _SEARCH - {"enable_search"}
+        return [
+            f"ext.{key} has no effect with ext.enable_search {str(searching).lower()}"
+            for key in self.ext
+            if key in idle
+        ]
+
+    def _sparse_warnings(self) -> list[str]:
+        by_sigma = self.ext.get("use_sigma", False)
+        key, other = ("sigma_factor", "fraction") if by_sigma else ("fraction", "sigma_factor")
+        (low, high), value = _DOCUMENTED[key], self.ext.get(key)
+        found = [f"ext.{other} has no effect with ext.use_sigma {str(by_sigma).lower()}"] if other in self.ext else []
+        if value is not None and not low <= value <= high:
+            found.append(f"ext.{key} is {value}; the protocol documents {low} to {high}")
+        return found
 
 
 def _act_symmetric(data: dict[str, Any]) -> bool:

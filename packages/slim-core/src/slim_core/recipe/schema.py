@@ -6,16 +6,20 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Literal, cast
 
 from pydantic import (
+    AfterValidator,
     BeforeValidator,
     ConfigDict,
     Field,
     SerializerFunctionWrapHandler,
     model_serializer,
+    model_validator,
 )
 from typing_extensions import TypedDict
 
 from slim_core.recipe.base import Flag, Integer, SaverConfig, StrictModel
+from slim_core.recipe.order import in_order
 from slim_core.recipe.plugins import PROCESSOR_GROUP, SAVER_GROUP, AnyProcessor, AnySaver, PluginConfig, plugin_names
+from slim_core.recipe.stages import check_stages
 
 __all__ = ["Dataset", "DatasetConfig", "Label", "Metadata", "PriorStage", "SpecV1", "spec_model"]
 
@@ -68,10 +72,14 @@ Dataset = Annotated[DatasetConfig, BeforeValidator(_from_name, json_schema_input
 """Field type: a calibration set, given by name or as a mapping."""
 
 
+Processors = Annotated[tuple[AnyProcessor, ...], AfterValidator(in_order)]
+"""Field type: processors, each of which comes before those of a later phase."""
+
+
 class PriorStage(StrictModel):
     """A run ahead of the main one, whose results the main one uses."""
 
-    process: tuple[AnyProcessor, ...] = Field(description="Processors of this stage, in order")
+    process: Processors = Field(description="Processors of this stage, in order")
     dataset: Dataset | None = Field(default=None, description="Calibration set of this stage. Default: the one of spec")
 
 
@@ -85,7 +93,7 @@ class SpecV1(StrictModel):
         default="auto",
         description="How layers are scheduled: one at a time, one at a time on several devices, or all at once",
     )
-    process: tuple[AnyProcessor, ...] = Field(default=(), description="Processors, in order")
+    process: Processors = Field(default=(), description="Processors, in order")
     save: tuple[AnySaver, ...] = Field(
         default_factory=lambda: (cast("SaverConfig", PluginConfig(SAVER_GROUP).parse({"type": "ascendv1_saver"})),),
         description="The saver that writes the result. Default: ascendv1_saver",
@@ -98,6 +106,11 @@ class SpecV1(StrictModel):
         description="What a block hands to the next one during calibration: its exact or its quantized output",
     )
     prior: tuple[PriorStage, ...] = Field(default=(), description="Stages to run ahead of process")
+
+    @model_validator(mode="after")
+    def _stages_fit(self) -> SpecV1:
+        check_stages([stage.process for stage in self.prior], self.process)
+        return self
 
 
 def spec_model() -> type[SpecV1]:

@@ -12,11 +12,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from slim_core.model.attention import Tap
+from slim_core.model.skeleton import stand_in
 from slim_core.model.suspended import BlockCall, SuspendedForward
 from slim_core.model.units import StreamedModel
+from slim_core.quantization.attention import QuantizedAttention
 from slim_core.quantization.layers import QuantizedLinear, SimulatedLinear
 
 __all__ = ["BlockForwards", "KeptBlock", "hidden_states", "layer_to", "moved", "simulated"]
+__all__ += ["simulating_taps"]
 
 
 def moved(value: Any, device: torch.device) -> Any:
@@ -47,9 +51,15 @@ class BlockForwards:
         self.count = 0
 
     def __enter__(self) -> BlockForwards:
-        self._model.load(self._model.outside, torch.device("cpu"))
+        self._heads = self._heads_to_make()
+        self._model.load((name for name in self._model.outside if name not in self._heads), torch.device("cpu"))
         self._forward.__enter__()
         return self
+
+    def _heads_to_make(self) -> set[str]:
+        """Weights of heads that would take memory, and that nothing needs before :meth:`finish`."""
+        epilogue = {name for unit in self._model.units if unit.name == "epilogue" for name in unit.parameters}
+        return {name for name in self._model.made_while_read(nn.Linear) if name in epilogue}
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -58,8 +68,9 @@ class BlockForwards:
         self._model.unload(self._model.outside)
 
     def start(self) -> None:
-        """Run every sample up to the first block."""
+        """Run every sample up to the first block. Embeddings have done their work then."""
         self._forward.start()
+        self._model.unload(self._model.made_while_read(nn.Embedding))
         self._model.source.release(self._model.tensors_of(self._model.outside))
 
     def compute(self, sample: int, stream: int = -1) -> Any:
@@ -72,6 +83,11 @@ class BlockForwards:
 
     def _index(self, sample: int, stream: int) -> int:
         return sample + self.samples * (stream % self._streams)
+
+    def tokens(self) -> int:
+        """How many tokens of all samples the current block is given."""
+        calls = [self._forward.call(sample) for sample in range(self.samples)]
+        return sum(_tokens_of(call) for call in calls)
 
     def run(self, *, hand_on: bool, stream: int = -1, keep: bool = False) -> list[Any]:
         """Run the current block for every sample of a stream, and hand its outputs on to the next block if asked.
@@ -102,6 +118,7 @@ class BlockForwards:
     def run_to_end(self) -> None:
         """Run the last block for every sample and keep its outputs; :meth:`finish` runs what comes after."""
         self._last = self.run(hand_on=False, keep=True)
+        self._model.load(self._heads, torch.device("cpu"))
 
     def finish(self, sample: int) -> Any:
         """The output of the whole model for one sample, after :meth:`run_to_end`."""
@@ -131,9 +148,21 @@ class KeptBlock:
         return hidden_states(self._targets[sample]).to(self._device)
 
 
+def _tokens_of(call: BlockCall) -> int:
+    """All but the last dimension of the hidden states, which are the first thing that a block is given."""
+    hidden = call.args[0] if call.args else call.kwargs.get("hidden_states")
+    return hidden.shape[:-1].numel() if isinstance(hidden, Tensor) else 0
+
+
 def hidden_states(output: Any) -> Tensor:
     """The hidden states of a block's output, which is a tensor or a tuple that begins with them."""
     return output if isinstance(output, Tensor) else output[0]
+
+
+def simulating_taps(attentions: Mapping[str, QuantizedAttention], device: torch.device) -> dict[str, Tap]:
+    """Taps that put quantized states in the place of the exact ones."""
+    moved_there = attentions if device.type == "cpu" else {n: _fields_to(a, device) for n, a in attentions.items()}
+    return {name: attention.simulate for name, attention in moved_there.items()}
 
 
 def layer_to(layer: QuantizedLinear, device: torch.device) -> QuantizedLinear:
@@ -154,8 +183,7 @@ def simulated(root: nn.Module, layers: Mapping[str, QuantizedLinear], device: to
     """Within this context the named linears compute what their quantized forms compute on the target."""
     originals: dict[str, nn.Module] = {}
     for name, layer in layers.items():
-        originals[name] = root.get_submodule(name)
-        root.set_submodule(name, SimulatedLinear(layer_to(layer, device)))
+        originals[name] = stand_in(root, name, SimulatedLinear(layer_to(layer, device)))
     try:
         yield
     finally:

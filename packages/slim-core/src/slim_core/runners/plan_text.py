@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from slim_core.quantization.kinds import LayerKind
 from slim_core.runners.plan import Plan, PlannedLinear, PlannedUnit
+from slim_core.runners.plan_attention import FLOAT, PlannedAttention
 from slim_core.sizes import human_size
 
 __all__ = ["render_plan", "render_summary"]
@@ -20,6 +21,9 @@ def render_summary(plan: Plan) -> str:
     quantized = [f"{count} {kind}" for kind, count in plan.counts().items() if kind != LayerKind.FLOAT]
     rows = [
         ("linears", ", ".join([*quantized, f"{plan.counts().get(LayerKind.FLOAT, 0)} stay FLOAT"])),
+        *_attentions(plan),
+        *(("model", text) for processor in plan.processors if (text := processor.summary())),
+        *_stages(plan),
         ("runner", f"{plan.runner.name}: {plan.runner.reason}"),
         ("device", str(plan.devices)),
         ("data", _data(plan)),
@@ -32,9 +36,26 @@ def render_summary(plan: Plan) -> str:
     return "\n".join(lines)
 
 
+def _attentions(plan: Plan) -> list[tuple[str, str]]:
+    counts = plan.attention_counts()
+    if not counts:
+        return []
+    quantized = [f"{count} {becomes}" for becomes, count in counts.items() if becomes != FLOAT]
+    return [("attentions", ", ".join([*quantized, f"{counts.get(FLOAT, 0)} stay FLOAT"]))]
+
+
+def _stages(plan: Plan) -> list[tuple[str, str]]:
+    """What is carried out ahead of the main stage."""
+    return [
+        (stage.position, f"{processor.summary()}; one forward of each block for every sample of {stage.dataset.path}")
+        for stage in plan.stages
+        for processor in stage.processors
+    ]
+
+
 def _data(plan: Plan) -> str:
     if not plan.needs_data:
-        return "no calibration data needed"
+        return "no calibration data needed" + (" beyond the stages ahead" if plan.stages else "")
     times = "one forward" if plan.forwards == 1 else f"{plan.forwards} forwards"
     return f"{times} of each block for every sample, {human_size(plan.activation_bytes)} of activations"
 
@@ -54,7 +75,7 @@ def render_plan(plan: Plan) -> str:
     groups: dict[object, list[PlannedUnit]] = {}
     for unit in plan.units:
         groups.setdefault(_likeness(unit), []).append(unit)
-    listings = [(units, _linear_rows(units[0])) for units in groups.values()]
+    listings = [(units, [*_linear_rows(units[0]), *_attention_rows(units[0])]) for units in groups.values()]
     columns = [column for _, rows in listings for column in zip(*(row.cells for row in rows), strict=True)]
     widths = [max((len(cell) for column in columns[i::3] for cell in column), default=0) for i in range(3)]
     lines = [render_summary(plan)]
@@ -72,7 +93,8 @@ def _likeness(unit: PlannedUnit) -> object:
         (linear.name.removeprefix(f"{unit.name}."), linear.kind, linear.reason, linear.out_features, linear.in_features)
         for linear in unit.linears
     )
-    return _with_last_number(unit.name, "*"), linears, unit.bytes_in, unit.bytes_out
+    attentions = tuple((row.cells, row.reason) for row in _attention_rows(unit))
+    return _with_last_number(unit.name, "*"), linears, attentions, unit.bytes_in, unit.bytes_out
 
 
 def _name_of(units: Sequence[PlannedUnit]) -> str:
@@ -109,6 +131,20 @@ def _linear_rows(unit: PlannedUnit) -> list[_Row]:
             name = f"{_ranged(inner)} ({len(linears)} linears)"
         rows.append(_Row((name, f"{first.out_features} x {first.in_features}", str(first.kind)), first.reason))
     return rows
+
+
+def _attention_rows(unit: PlannedUnit) -> list[_Row]:
+    return [
+        _Row((attention.name.removeprefix(f"{unit.name}."), _heads(attention), attention.becomes), attention.reason)
+        for attention in unit.attentions
+    ]
+
+
+def _heads(attention: PlannedAttention) -> str:
+    """Heads of the query, heads of key and value, and channels of a head, e.g. ``32:8 x 128``."""
+    info = attention.info
+    dims = f"{info.key_dim}" if info.key_dim == info.value_dim else f"{info.key_dim}/{info.value_dim}"
+    return f"{info.heads}:{info.kv_heads} x {dims}"
 
 
 def _ranged(names: Sequence[str]) -> str:

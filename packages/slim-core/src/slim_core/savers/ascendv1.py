@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
@@ -13,16 +14,29 @@ from torch import Tensor
 from slim_core.checkpoint.source import TensorMeta
 from slim_core.checkpoint.writer import lay_out
 from slim_core.errors import InvalidModelError, UnsupportedError
+from slim_core.model.attention import AttentionInfo
 from slim_core.model.units import LinearInfo, StreamedModel, Unit
-from slim_core.processors.base import Assignment
+from slim_core.processors.base import Assignment, AttentionAssignment, Extras
 from slim_core.quantization.affine import by_groups
+from slim_core.quantization.attention import AttentionForm, QuantizedAttention
+from slim_core.quantization.input_rotation import UNDESCRIBED
 from slim_core.quantization.kinds import LayerForm, LayerKind
-from slim_core.quantization.layers import DynamicInt, MixedInt8, QuantizedLinear, StaticInt8, WeightOnlyInt
+from slim_core.quantization.layers import (
+    DynamicInt,
+    Fp8Dynamic,
+    MixedInt8,
+    MxDynamic,
+    QuantizedLinear,
+    SparseFloat,
+    StaticInt8,
+    WeightOnlyInt,
+)
 from slim_core.recipe import SaverConfig
+from slim_core.savers.ascendv1_attention import attention_keys, attention_layout, attention_parts
 from slim_core.savers.ascendv1_layout import BLOCK, FLOAT_BIAS, layout, row_parallel
 from slim_core.savers.base import Output, PlannedTensor, Saver
 from slim_core.savers.packing import pack_columns, pack_rows
-from slim_core.savers.side_files import copy_side_files, write_json
+from slim_core.savers.side_files import copy_side_files, merge_keys, write_json, write_tensors
 
 __all__ = ["DESCRIPTION_FILE", "INDEX_FILE", "STEM", "AscendV1Saver", "AscendV1SaverConfig", "encode_deq_scale"]
 
@@ -65,22 +79,40 @@ class AscendV1Saver(Saver):
     """Lays out, writes and describes an ascendv1 folder."""
 
     Config = AscendV1SaverConfig
+    holds_attentions = True
     config: AscendV1SaverConfig
 
-    def declare(self, model: StreamedModel, assignments: Mapping[str, Assignment]) -> Output:
+    @property
+    def labels(self) -> Mapping[str, str]:
+        return {LayerKind.WFP8AFP8_DYNAMIC: self.config.fp8_label}
+
+    def declare(
+        self,
+        model: StreamedModel,
+        assignments: Mapping[str, Assignment],
+        attentions: Mapping[str, AttentionAssignment] = MappingProxyType({}),
+    ) -> Output:
         self._deq_dtype = deq_scale_dtype(model.dtype)
-        tensors = [tensor for unit in model.units for tensor in self._unit(model, unit, assignments)]
+        tensors: list[PlannedTensor] = []
+        forms: dict[AttentionInfo, AttentionForm] = {}
+        for unit in model.units:
+            tensors += self._unit(model, unit, assignments)
+            for info in unit.attentions:
+                if (assigned := attentions.get(info.name)) is not None:
+                    forms[info] = assigned.form
+                    tensors += _attention(info, assigned.form, unit.name)
         names: set[str] = set()
         for tensor in tensors:
             if tensor.meta.name in names:
                 raise InvalidModelError(
-                    f"the checkpoint holds {tensor.meta.name!r}, a name that a quantized linear needs",
+                    f"the checkpoint holds {tensor.meta.name!r}, a name that a quantized layer needs",
                     where=str(model.folder),
-                    remedy="exclude that linear, or start from a checkpoint that is not quantized",
+                    remedy="exclude that layer, or start from a checkpoint that is not quantized",
                 )
             names.add(tensor.meta.name)
         shards = lay_out([tensor.meta for tensor in tensors], STEM, self.config.part_file_size * _GIB)
-        return Output(tuple(tensors), tuple(shards), _group_size(a.form for a in assignments.values()))
+        group_size = _group_size(assignment.form for assignment in assignments.values())
+        return Output(tuple(tensors), tuple(shards), group_size, attention_keys(forms))
 
     def _unit(self, model: StreamedModel, unit: Unit, assignments: Mapping[str, Assignment]) -> list[PlannedTensor]:
         quantized = {info.prefix: info for info in unit.linears if info.name in assignments}
@@ -97,12 +129,17 @@ class AscendV1Saver(Saver):
             planned.append(
                 PlannedTensor(TensorMeta(name, meta.dtype, meta.shape), LayerKind.FLOAT, unit.name, origin=origin)
             )
+        planned += [
+            PlannedTensor(meta, LayerKind.FLOAT, unit.name, added=parameter)
+            for parameter, meta in unit.added.items()
+            if meta.name not in replaced
+        ]
         return planned
 
     def _linear(self, model: StreamedModel, info: LinearInfo, form: LayerForm, unit: str) -> list[PlannedTensor]:
         check_layout(form, info)
         stored = model.source.meta(f"{info.prefix}.weight").dtype
-        label = self.config.fp8_label if form.kind is LayerKind.WFP8AFP8_DYNAMIC else str(form.kind)
+        label = self.labels.get(form.kind, str(form.kind))
         planned: list[PlannedTensor] = []
 
         def add(suffix: str, dtype: torch.dtype, shape: tuple[int, ...], label: str) -> None:
@@ -143,31 +180,62 @@ class AscendV1Saver(Saver):
                 if layer.kind is LayerKind.W4A16:
                     codes = pack_rows(codes) if layer.weight_scale.shape[1] > 1 else pack_columns(codes)
                 return {"weight": codes, "weight_scale": layer.weight_scale, "weight_offset": layer.weight_offset}
+            case SparseFloat():
+                return {"weight": layer.weight}
+            case Fp8Dynamic():
+                zeros = torch.zeros_like(layer.weight_scale)
+                return {"weight": layer.weight, "weight_scale": layer.weight_scale, "weight_offset": zeros}
+            case MxDynamic():
+                codes = pack_columns(layer.weight) if layer.weight.dtype == torch.uint8 else layer.weight
+                outer = {} if layer.outer is None else {"weight_dual_scale": layer.outer}
+                return {"weight": codes, "weight_scale": layer.exponents} | outer
             case _:
                 raise TypeError(f"ascendv1 cannot hold {type(layer).__name__}")
 
-    def complete(self, folder: Path, model: StreamedModel, output: Output) -> None:
+    def attention_parameters(self, info: AttentionInfo, quantized: QuantizedAttention) -> Mapping[str, Tensor]:
+        return attention_parts(info, quantized)
+
+    def complete(self, folder: Path, model: StreamedModel, output: Output, extras: Sequence[Extras] = ()) -> None:
         if self.config.part_file_size:
-            write_json(folder / INDEX_FILE, _index(output), indent=2)
-        write_json(folder / DESCRIPTION_FILE, describe(output), indent=4)
-        copy_side_files(model.folder, folder)
+            write_json(folder / INDEX_FILE, _index(output, extras), indent=2)
+        description = describe(output)
+        for extra in extras:
+            merge_keys(description, extra.description)
+            for path, tensors in extra.files.items():
+                write_tensors(folder / path, tensors)
+        write_json(folder / DESCRIPTION_FILE, description, indent=4)
+        copy_side_files(model.folder, folder, model.config)
 
 
-def _index(output: Output) -> dict[str, Any]:
+def _attention(info: AttentionInfo, form: AttentionForm, unit: str) -> list[PlannedTensor]:
+    return [
+        PlannedTensor(TensorMeta(name, part.dtype or torch.float32, part.shape), str(form.kind), unit, owner=info.name)
+        for name, part in attention_layout(info, form).items()
+    ]
+
+
+def _index(output: Output, extras: Sequence[Extras] = ()) -> dict[str, Any]:
+    """The index of all weight files; further ones lie beside them in the folder, not below it."""
     files = {meta.name: shard.file_name for shard in output.shards for meta in shard.tensors}
+    beside = {path: tensors for extra in extras for path, tensors in extra.files.items() if "/" not in path}
+    size = sum(tensor.meta.nbytes for tensor in output.tensors)
     return {
-        "metadata": {"total_size": sum(tensor.meta.nbytes for tensor in output.tensors)},
-        "weight_map": {tensor.meta.name: files[tensor.meta.name] for tensor in output.tensors},
+        "metadata": {"total_size": size + sum(t.nbytes for tensors in beside.values() for t in tensors.values())},
+        "weight_map": {tensor.meta.name: files[tensor.meta.name] for tensor in output.tensors}
+        | {name: path for path, tensors in beside.items() for name in tensors},
     }
 
 
 def describe(output: Output) -> dict[str, Any]:
-    """The content of ``quant_model_description.json``: a type for every tensor, then the global keys."""
-    types = {tensor.meta.name: str(tensor.kind) for tensor in output.tensors}
+    """The content of ``quant_model_description.json``: a type for every tensor, what is said of attentions, then the
+    global keys."""
+    described = (tensor for tensor in output.tensors if not tensor.meta.name.endswith(UNDESCRIBED))
+    types = {tensor.meta.name: str(tensor.kind) for tensor in described}
     present = set(types.values())
     ranked = [str(kind) for kind in RANKING if str(kind) in present]
     return {
         **types,
+        **output.keys,
         "version": "1.0.0",
         "model_quant_type": ranked[-1] if ranked else "Unknown",
         "metadata": {},

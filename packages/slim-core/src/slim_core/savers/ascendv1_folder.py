@@ -12,9 +12,21 @@ from torch import Tensor
 
 from slim_core.checkpoint.reader import Checkpoint
 from slim_core.errors import InvalidModelError, UnsupportedError, VerificationError
+from slim_core.model.attention import AttentionInfo
+from slim_core.quantization.attention import QuantizedAttention
 from slim_core.quantization.kinds import LayerKind
-from slim_core.quantization.layers import DynamicInt, MixedInt8, QuantizedLinear, StaticInt8, WeightOnlyInt
+from slim_core.quantization.layers import (
+    DynamicInt,
+    Fp8Dynamic,
+    MixedInt8,
+    MxDynamic,
+    QuantizedLinear,
+    SparseFloat,
+    StaticInt8,
+    WeightOnlyInt,
+)
 from slim_core.savers.ascendv1 import DESCRIPTION_FILE, FP8_ENGINE_LABEL, INDEX_FILE
+from slim_core.savers.ascendv1_attention import read_attention, stored_attentions
 from slim_core.savers.packing import unpack_columns, unpack_rows
 
 __all__ = ["GLOBAL_KEYS", "AscendV1Folder"]
@@ -23,6 +35,9 @@ GLOBAL_KEYS = frozenset(
     {"version", "model_quant_type", "metadata", "group_size", "optional", "kv_cache_type", "kv_quant_type"}
     | {"fa_quant_type", "indexer_quant_type", "is_rot_used", "reduce_quant_type"}
 )
+
+
+_FLOATING = frozenset(str(kind) for kind in LayerKind if "FP" in kind)
 
 
 class AscendV1Folder:
@@ -66,6 +81,19 @@ class AscendV1Folder:
             if name.endswith(".weight") and kind != LayerKind.FLOAT:
                 yield name.removesuffix(".weight"), kind
 
+    def attentions(self) -> set[str]:
+        """The checkpoint names of all quantized attentions."""
+        return set(stored_attentions(self.description))
+
+    def attention(self, info: AttentionInfo) -> QuantizedAttention | None:
+        """The quantized attention of this name, None if it is a float one.
+
+        Raises:
+            InvalidModelError: it is described in a way that is not understood.
+            VerificationError: one of its tensors is missing or has another size.
+        """
+        return read_attention(self.description, self.source, info)
+
     def layer(self, prefix: str) -> QuantizedLinear | None:
         """The quantized linear of this name, None if it is a float one.
 
@@ -102,6 +130,10 @@ class AscendV1Folder:
                 scale, offset = self._scales(prefix)
                 unpack = unpack_rows if scale.shape[1] > 1 else unpack_columns
                 return WeightOnlyInt(unpack(self._part(prefix, "weight")), scale, offset, bias, bits=4)
+            case LayerKind.W16A16S:
+                return SparseFloat(self._part(prefix, "weight"), bias)
+            case _ if kind in _FLOATING:
+                return self._floating(prefix, bias, LayerKind(kind))
             case _:
                 raise UnsupportedError(f"layers of type {kind!r} cannot be read", where=prefix)
 
@@ -115,6 +147,21 @@ class AscendV1Folder:
             bias=bias,
             kind=kind,
         )
+
+    def _floating(self, prefix: str, bias: Tensor | None, kind: LayerKind) -> QuantizedLinear:
+        weight, scale = self._part(prefix, "weight"), self._part(prefix, "weight_scale")
+        if kind is LayerKind.WFP8AFP8_DYNAMIC:
+            return Fp8Dynamic(weight, scale.float(), bias)
+        elements = weight if kind is LayerKind.W8A8_MXFP8 else unpack_columns(weight)
+        if kind is not LayerKind.W4A4_MXFP4_DUALSCALE:
+            return MxDynamic(kind, elements, scale, bias)
+        outer = self._part(prefix, "weight_dual_scale").float()
+        if elements.shape[1] % max(outer.shape[1], 1):
+            raise VerificationError(
+                f"holds {outer.shape[1]} outer scales for {elements.shape[1]} columns, and no block size divides them",
+                where=f"{prefix}.weight_dual_scale",
+            )
+        return MxDynamic(kind, elements, scale, bias, outer)
 
     def _scales(self, prefix: str, level: str = "") -> tuple[Tensor, Tensor]:
         """Scale and offset; an offset that a writer left out is zero."""

@@ -12,11 +12,9 @@ from dataclasses import dataclass
 import torch
 
 from slim_core.quantization.kinds import LayerForm, LayerKind
+from slim_core.quantization.microscaling import BLOCK
 
 __all__ = ["BLOCK", "FLOAT_BIAS", "Part", "form_of", "layout", "row_parallel"]
-
-BLOCK = 32
-"""Columns that share an exponent in the MX formats."""
 
 _SPLITS = 16
 _ROW_PARALLEL = ("down_proj", "o_proj", "w2")

@@ -9,25 +9,35 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar
 
-from slim_core.checkpoint.source import TensorMeta
+import torch
+
+from slim_core.checkpoint.source import TensorMeta, TensorSource
 from slim_core.checkpoint.writer import Shard, ShardedWriter
-from slim_core.model.units import LinearInfo, StreamedModel
-from slim_core.processors.base import Assignment
+from slim_core.errors import UnsupportedError
+from slim_core.model.attention import AttentionInfo
+from slim_core.model.units import LinearInfo, StreamedModel, Unit
+from slim_core.model.weights import UnitWeights
+from slim_core.processors.base import Assignment, AttentionAssignment, Extras
+from slim_core.quantization.attention import QuantizedAttention
 from slim_core.quantization.layers import QuantizedLinear
 from slim_core.recipe import SaverConfig, saver_class
 
 __all__ = ["Output", "PlannedTensor", "Saver", "create_saver"]
+
+_PART = 1 << 23  # elements of a tensor that are passed on at once
 
 
 @dataclass(frozen=True)
 class PlannedTensor:
     """One tensor of the output: what it is, the type its description says, and where it comes from.
 
-    ``origin`` is the checkpoint tensor that is passed on as it is; None for a parameter of the linear ``owner``.
+    ``owner`` is the quantized linear or attention that it belongs to. One without an owner is passed on: from the
+    checkpoint tensor ``origin``, as processors left it, or from the parameter ``added`` that a processor has made.
     """
 
     meta: TensorMeta
@@ -35,15 +45,20 @@ class PlannedTensor:
     unit: str
     origin: str | None = None
     owner: str | None = None
+    added: str | None = None
 
 
 @dataclass(frozen=True)
 class Output:
-    """Everything a run will write, in order, the shards it falls into, and the columns that share a scale (or 0)."""
+    """Everything a run will write, in order, the shards it falls into, and the columns that share a scale (or 0).
+
+    ``keys`` is what a description says besides of single modules and of the model.
+    """
 
     tensors: tuple[PlannedTensor, ...]
     shards: tuple[Shard, ...]
     group_size: int = 0
+    keys: Mapping[str, str] = field(default_factory=dict[str, str])
 
     @property
     def nbytes(self) -> int:
@@ -55,36 +70,95 @@ class Saver(ABC):
     """Base of the savers."""
 
     Config: ClassVar[type[SaverConfig]]
+    holds_attentions: ClassVar[bool] = False
+    """Whether the format has a place for quantized attentions."""
 
     def __init__(self, config: Any) -> None:
         self.config = config
 
+    @property
+    def labels(self) -> Mapping[str, str]:
+        """What the format calls kinds of layers, where that is not the name of the kind."""
+        return {}
+
     @abstractmethod
-    def declare(self, model: StreamedModel, assignments: Mapping[str, Assignment]) -> Output:
-        """Lay out everything that will be written."""
+    def declare(
+        self,
+        model: StreamedModel,
+        assignments: Mapping[str, Assignment],
+        attentions: Mapping[str, AttentionAssignment] = MappingProxyType({}),
+    ) -> Output:
+        """Lay out everything that will be written.
+
+        Args:
+            assignments, attentions: the linears and attentions that will be quantized, by module name.
+        """
 
     @abstractmethod
     def parameters(self, info: LinearInfo, layer: QuantizedLinear) -> Mapping[str, Any]:
         """The tensors that a finished layer becomes, by their full name."""
 
+    def attention_parameters(self, info: AttentionInfo, quantized: QuantizedAttention) -> Mapping[str, Any]:
+        """The tensors that a finished attention becomes, by their full name; only asked if :attr:`holds_attentions`."""
+        return {}
+
     @abstractmethod
-    def complete(self, folder: Path, model: StreamedModel, output: Output) -> None:
-        """Write the files beside the weights."""
+    def complete(self, folder: Path, model: StreamedModel, output: Output, extras: Sequence[Extras] = ()) -> None:
+        """Write the files beside the weights, and what processors leave there."""
 
     def write_layer(self, writer: ShardedWriter, info: LinearInfo, layer: QuantizedLinear) -> None:
         """Hand the tensors of a finished layer to the writer."""
         for name, tensor in self.parameters(info, layer).items():
             writer.put(name, tensor)
 
-    def write_untouched(self, writer: ShardedWriter, model: StreamedModel, tensors: Sequence[PlannedTensor]) -> None:
-        """Pass tensors of the checkpoint on; without holding them where they are stored as they will be written."""
+    def write_attention(self, writer: ShardedWriter, info: AttentionInfo, quantized: QuantizedAttention) -> None:
+        """Hand the tensors of a finished attention to the writer."""
+        for name, tensor in self.attention_parameters(info, quantized).items():
+            writer.put(name, tensor)
+
+    def write_untouched(
+        self,
+        writer: ShardedWriter,
+        model: StreamedModel,
+        unit: Unit,
+        weights: UnitWeights,
+        tensors: Sequence[PlannedTensor],
+    ) -> None:
+        """Pass tensors of a unit on, as they are stored or as processors left them.
+
+        What is stored as it will be written is copied without being held.
+        """
+        edited = {unit.parameters.get(name): view for name, view in weights.edited()}
         for tensor in tensors:
+            if tensor.added is not None:
+                writer.put(tensor.meta.name, weights[tensor.added].stored_form())
+                continue
             assert tensor.origin is not None
             stored = model.source.stored(tensor.origin)
-            if stored is not None:
+            if (view := edited.get(tensor.origin)) is not None:
+                writer.put(tensor.meta.name, view.stored_form())
+            elif stored is not None:
                 writer.copy(tensor.meta.name, stored)
             else:
-                writer.put(tensor.meta.name, model.source.load(tensor.origin))
+                _write_made(writer, tensor.meta, model.source, tensor.origin)
+
+
+def _write_made(writer: ShardedWriter, meta: TensorMeta, source: TensorSource, name: str) -> None:
+    """Pass on a tensor that is made while it is read, a few rows at a time if it is large.
+
+    Raises:
+        UnsupportedError: float16 cannot hold what is made.
+    """
+    if len(meta.shape) != 2 or meta.numel <= _PART:
+        writer.put(meta.name, source.load(name))
+        return
+    step = max(1, _PART // meta.shape[1])
+    for start in range(0, meta.shape[0], step):
+        rows = source.rows(name, start, min(start + step, meta.shape[0])).to(meta.dtype)
+        if meta.dtype == torch.float16 and not bool(torch.isfinite(rows).all()):
+            raise UnsupportedError("is too large for float16 as it comes out", where=name, remedy="start from bfloat16")
+        writer.put_rows(meta.name, rows)
+    source.release((name,))
 
 
 def create_saver(config: SaverConfig) -> Saver:

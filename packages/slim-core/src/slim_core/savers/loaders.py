@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import cache
 from importlib.resources import files
+from types import MappingProxyType
 from typing import Any
 
 import yaml
 
-__all__ = ["engines", "is_loadable", "layer_class", "mixed_fusions", "unloadable"]
+from slim_core.model.attention import AttentionInfo
+from slim_core.quantization.attention import AttentionForm
+from slim_core.quantization.kinds import LayerForm, LayerKind
+from slim_core.savers.ascendv1_attention import engine_class
+
+__all__ = ["attention_class", "engines", "is_loadable", "layer_class", "loads_attention", "lost_biases"]
+__all__ += ["mixed_fusions", "obstacle", "reads_ascendv1", "refused_together", "unloadable", "unloadable_attentions"]
 
 MAIN_ENGINE = "vllm-ascend"
 _EXPERT = re.compile(r"\.experts\.\d+\.")
+# Their bias is also in quant_bias, which every such layer has.
+_HOLDS_BIAS = frozenset({LayerKind.W8A8, LayerKind.W8A8S})
 
 
 @cache
@@ -26,34 +36,117 @@ def engines() -> list[str]:
     return [name for name in _tables() if name != "fused"]
 
 
+def reads_ascendv1(engine: str) -> bool:
+    """Whether an engine takes folders of this format; others know the layers, but want other files around them."""
+    return "format" not in _tables()[engine]
+
+
 def layer_class(name: str) -> str:
     """``experts`` for the linears of routed experts, ``linear`` for all others."""
     return "experts" if _EXPERT.search(name) else "linear"
 
 
-def is_loadable(engine: str, kind: str, name: str) -> bool:
-    """Whether an engine has a class for a layer of this type at this place."""
-    return bool(_tables()[engine]["types"].get(kind, {}).get(layer_class(name)))
+def is_loadable(engine: str, kind: str, name: str, form: LayerForm | None = None, width: int | None = None) -> bool:
+    """Whether an engine has a class for a layer of this type, at this place and in this form."""
+    return obstacle(engine, kind, name, form, width) is None
 
 
-def unloadable(kinds: Mapping[str, str]) -> list[str]:
-    """One warning for each type and kind of layer that the main engine has no class for."""
-    found: dict[tuple[str, str], list[str]] = {}
-    for name, kind in kinds.items():
-        if not is_loadable(MAIN_ENGINE, str(kind), name):
-            found.setdefault((str(kind), layer_class(name)), []).append(name)
-    return [
-        f"{MAIN_ENGINE} has no class for {kind} {where} layers ({len(names)} linears, e.g. {names[0]})"
-        for (kind, where), names in found.items()
-    ]
+def obstacle(engine: str, label: str, name: str, form: LayerForm | None = None, width: int | None = None) -> str | None:
+    """Why an engine cannot load a layer, as the end of a sentence that begins with the engine; None if it can.
+
+    Args:
+        label: its type in the description.
+        name: the linear, which tells experts from others.
+        form: what the label leaves open; None if it is not known, which is no obstacle.
+        width: its input features, if they are known.
+    """
+    place = layer_class(name)
+    table = _tables()[engine]
+    asked = table["types"].get(label, {}).get(place)
+    if not asked:
+        if other := table.get("renamed", {}).get(label):
+            return f"knows {label} layers as {other}; write them with fp8_label: {other}"
+        return f"has no class for {label} {place} layers"
+    if form is None or asked is True:
+        return None
+    for word in asked:
+        met, text = _ASKED[word]
+        if not met(form, width):
+            return f"loads {label} {place} layers {text}"
+    return None
 
 
-def mixed_fusions(kinds: Mapping[str, str]) -> list[str]:
-    """One warning for each set of linears that engines fuse but that end up with different types."""
+def refused_together(engine: str, forms: Mapping[str, LayerForm]) -> str | None:
+    """Why an engine cannot load these layers in one model, as the end of a sentence; None if it can."""
+    table = _tables()[engine]["types"]
+    for name, form in forms.items():
+        asked = table.get(str(form.kind), {}).get(layer_class(name))
+        other = next((other for other in forms if _has_groups(forms[other])), None)
+        if isinstance(asked, list) and "alone" in asked and other is not None:
+            return f"loads {form.kind} layers ({name}) only in models without grouped or MX layers (here {other})"
+    return None
+
+
+def _has_groups(form: LayerForm) -> bool:
+    """Whether a layer makes the description's group_size other than 0."""
+    return form.group_size > 0 or "MXFP" in form.kind
+
+
+# What a class may ask of a layer beyond its type; a width that is not known counts as right.
+_ASKED: dict[str, tuple[Callable[[LayerForm, int | None], bool], str]] = {
+    "per_channel": (lambda form, _: not form.group_size, "only per channel, not in groups"),
+    "grouped": (lambda form, _: form.group_size > 0, "only in groups, not per channel"),
+    "symmetric": (lambda form, _: form.symmetric, "only without weight_offset; quantize symmetrically"),
+    "even_blocks": (lambda _, width: not (width or 0) % 64, "only if 64 divides their input features"),
+    "whole_blocks": (lambda _, width: not (width or 0) % 32, "only if 32 divides their input features"),
+    "alone": (lambda _form, _width: True, "only in models without groups"),  # see refused_together
+}
+
+
+def unloadable(
+    layers: Mapping[str, LayerForm | str],
+    widths: Mapping[str, int] = MappingProxyType({}),
+    labels: Mapping[str, str] = MappingProxyType({}),
+) -> list[str]:
+    """One warning for everything that keeps the main engine from loading layers, with the engines that do load them.
+
+    Args:
+        layers: forms by the name of the linear, or kinds where no more is known.
+        widths: input features by the name of the linear.
+        labels: what kinds are called in the description, where that is not their own name.
+    """
+    found: dict[str, list[str]] = {}
+    for name, layer in layers.items():
+        form = layer if isinstance(layer, LayerForm) else None
+        kind = str(layer if form is None else form.kind)
+        label = labels.get(kind, kind)
+        if text := obstacle(MAIN_ENGINE, label, name, form, widths.get(name)):
+            others = [
+                engine
+                for engine in engines()
+                if engine != MAIN_ENGINE
+                and reads_ascendv1(engine)
+                and is_loadable(engine, label, name, form, widths.get(name))
+            ]
+            found.setdefault(f"{text}|{' and '.join(others)}", []).append(name)
+    warnings: list[str] = []
+    for key, names in found.items():
+        text, _, others = key.partition("|")
+        loaded = f"; {others} load{'' if ' and ' in others else 's'} them" if others else ""
+        warnings.append(f"{MAIN_ENGINE} {text} ({len(names)} linears, e.g. {names[0]}){loaded}")
+    forms = {name: layer for name, layer in layers.items() if isinstance(layer, LayerForm)}
+    if text := refused_together(MAIN_ENGINE, forms):
+        warnings.append(f"{MAIN_ENGINE} {text}")
+    return warnings
+
+
+def mixed_fusions(kinds: Mapping[str, LayerForm | str]) -> list[str]:
+    """One warning for each set of linears that engines fuse but that end up with different types or groups."""
     parents: dict[str, dict[str, str]] = {}
     for name, kind in kinds.items():
         parent, _, leaf = name.rpartition(".")
-        parents.setdefault(parent, {})[leaf] = str(kind)
+        # An offset does not change the shapes that are fused.
+        parents.setdefault(parent, {})[leaf] = str(kind if isinstance(kind, str) else replace(kind, symmetric=True))
     warnings: dict[str, list[str]] = {}
     for parent, leaves in parents.items():
         for fused in _tables()["fused"]:
@@ -65,3 +158,45 @@ def mixed_fusions(kinds: Mapping[str, str]) -> list[str]:
         f"engines fuse these linears and need one type for all: {text} ({len(where)} times, e.g. {where[0]})"
         for text, where in warnings.items()
     ]
+
+
+def lost_biases(kinds: Mapping[str, str]) -> dict[str, list[str]]:
+    """The linears whose bias the main engine does not load, by type.
+
+    It skips a bias that its model class has no place for, unless the layer is static: then ``quant_bias`` holds it.
+
+    Args:
+        kinds: types by the name of the linear, of those that were given a bias which their architecture does not have.
+    """
+    lost: dict[str, list[str]] = {}
+    for name, kind in kinds.items():
+        if kind not in _HOLDS_BIAS:
+            lost.setdefault(str(kind), []).append(name)
+    return lost
+
+
+def attention_class(latent: bool) -> str:
+    """``latent`` for multi-head latent attention, ``standard`` for all others."""
+    return "latent" if latent else "standard"
+
+
+def loads_attention(engine: str, kind: str, latent: bool) -> bool:
+    """Whether an engine has a class for an attention whose tensors have this type."""
+    return attention_class(latent) in _tables()[engine].get("attention", {}).get(kind, [])
+
+
+def unloadable_attentions(forms: Mapping[AttentionInfo, AttentionForm]) -> list[str]:
+    """One warning for each type of attention that the main engine has no class for."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for info, form in forms.items():
+        kind = engine_class(form)
+        if not loads_attention(MAIN_ENGINE, kind, info.latent):
+            found.setdefault((kind, attention_class(info.latent)), []).append(info.name)
+    warnings: list[str] = []
+    for (kind, where), names in found.items():
+        latent = where == attention_class(latent=True)
+        others = [e for e in engines() if e != MAIN_ENGINE and reads_ascendv1(e) and loads_attention(e, kind, latent)]
+        loaded = f"; {' and '.join(others)} load{'' if len(others) > 1 else 's'} them" if others else ""
+        text = f"{MAIN_ENGINE} has no class for {where} attention that is {kind}"
+        warnings.append(f"{text} ({len(names)} attentions, e.g. {names[0]}){loaded}")
+    return warnings

@@ -5,12 +5,18 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Mapping
+from copy import deepcopy
 from pathlib import Path
 from typing import Any, cast
 
-__all__ = ["copy_side_files", "write_json", "write_text"]
+import safetensors.torch
+from torch import Tensor
+
+__all__ = ["copy_side_files", "merge_keys", "write_json", "write_tensors", "write_text"]
 
 FILE_MODE = 0o600
+FOLDER_MODE = 0o750
 _COPIED = (".json", ".py", ".txt", ".jinja", ".model", ".tiktoken")
 _OURS = ("report.json", "report.html")
 
@@ -27,11 +33,32 @@ def write_json(path: Path, content: Any, indent: int) -> None:
     write_text(path, json.dumps(content, indent=indent))
 
 
-def copy_side_files(source: Path, target: Path) -> None:
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write a safetensors file, and the folder that it lies in."""
+    path.parent.mkdir(mode=FOLDER_MODE, exist_ok=True)
+    library: Any = safetensors.torch
+    library.save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
+    path.chmod(FILE_MODE)
+
+
+def merge_keys(target: dict[str, Any], more: Mapping[str, Any]) -> None:
+    """Add keys to an object; objects that both have are merged themselves."""
+    for key, value in more.items():
+        held = target.get(key)
+        if isinstance(held, dict) and isinstance(value, Mapping):
+            merge_keys(cast("dict[str, Any]", held), cast("Mapping[str, Any]", value))
+        else:
+            target[key] = value
+
+
+def copy_side_files(source: Path, target: Path, config: Mapping[str, Any] | None = None) -> None:
     """Copy what an engine needs beside the weights.
 
     Index files, descriptions and reports of an earlier quantization stay behind. ``config.json`` loses
     ``quantization_config`` (also inside ``text_config``): it described the source's format, not this one.
+
+    Args:
+        config: what ``config.json`` should say, where that is not what it says in the source.
     """
     for file in sorted(source.iterdir()):
         skipped = (
@@ -44,16 +71,18 @@ def copy_side_files(source: Path, target: Path) -> None:
         if skipped:
             continue
         copy = target / file.name
-        if file.name == "config.json" and (config := _without_quantization(file)) is not None:
-            write_json(copy, config, indent=2)
+        if file.name == "config.json" and (changed := _changed_config(file, config)) is not None:
+            write_json(copy, changed, indent=2)
             continue
         shutil.copyfile(file, copy)
         copy.chmod(FILE_MODE)
 
 
-def _without_quantization(path: Path) -> dict[str, Any] | None:
-    """The configuration without ``quantization_config``, or None if it has none and can be copied as it is."""
-    config: dict[str, Any] = json.loads(path.read_text("utf-8"))
-    parts = [config, cast("dict[str, Any]", config.get("text_config") or {})]
-    found = [part.pop("quantization_config", None) for part in parts]
-    return config if any(part is not None for part in found) else None
+def _changed_config(path: Path, wanted: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """The configuration as it should be, without ``quantization_config``; None if it can be copied as it is."""
+    stored: dict[str, Any] = json.loads(path.read_text("utf-8"))
+    config = deepcopy(dict(wanted)) if wanted else stored
+    changed = bool(wanted) and config != stored
+    for part in (config, cast("dict[str, Any]", config.get("text_config") or {})):
+        changed = part.pop("quantization_config", None) is not None or changed
+    return config if changed else None

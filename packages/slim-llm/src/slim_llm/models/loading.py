@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 
@@ -52,13 +52,18 @@ def open_skeleton(
 ) -> torch.nn.Module:
     """The model class with its parameters on ``meta``, in the dtype that the configuration names, or else the default.
 
+    Experts that the class stacks into one parameter are taken apart into linears.
+
     Raises:
         SecurityError: the model brings its own code and that is not trusted.
-        UnsupportedError: transformers does not know this ``model_type``.
+        UnsupportedError: transformers does not know this ``model_type``, or its experts have an unknown structure.
         InvalidModelError: the configuration does not make a model.
     """
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig, AutoModelForCausalLM
+
+    from slim_llm.models.checkpoint_names import expert_spelling
+    from slim_llm.models.experts import take_experts_apart
 
     refusals = (ValueError, KeyError, TypeError, OSError, ImportError, AttributeError, RuntimeError, ZeroDivisionError)
     if config.get("auto_map") and not trust_remote_code and not is_causal_lm(config):
@@ -79,13 +84,15 @@ def open_skeleton(
             delattr(parsed, "quantization_config")  # weights are decoded while they are read
         dtype = parsed.dtype or default_dtype
         with parameters_on_meta():
-            return AutoModelForCausalLM.from_config(parsed, trust_remote_code=trust_remote_code, dtype=dtype)
+            module = AutoModelForCausalLM.from_config(parsed, trust_remote_code=trust_remote_code, dtype=dtype)
     except (*refusals, StrictDataclassError) as error:
         raise InvalidModelError(
             f"transformers cannot build the model: {type(error).__name__}: {error}",
             where=str(folder / "config.json"),
             remedy="correct the file, or download it again",
         ) from error
+    take_experts_apart(module, expert_spelling(module))
+    return module
 
 
 def is_causal_lm(config: dict[str, Any]) -> bool:
@@ -101,6 +108,9 @@ def open_model(folder: Path, *, trust_remote_code: bool = False) -> StreamedMode
     Raises:
         SlimError: see :func:`open_skeleton`, :class:`Checkpoint` and :class:`StreamedModel`.
     """
+    from slim_llm.models.attention import Attentions
+    from slim_llm.models.checkpoint_names import locate
+
     config = read_config(folder)
     quantization = config.get("quantization_config")
     block = fp8_block_shape(config)
@@ -119,26 +129,13 @@ def open_model(folder: Path, *, trust_remote_code: bool = False) -> StreamedMode
         source = Fp8BlockSource(source, block)
     module = open_skeleton(folder, config, trust_remote_code=trust_remote_code, default_dtype=_main_dtype(source))
     adapter = find_adapter(str(config.get("model_type")))
-    renamed = _renamed(module, source)
-    return StreamedModel(
-        module, source, folder, config, adapter.blocks, lambda name: renamed.get(name) or adapter.tensor_name(name)
-    )
+    source, names = locate(module, source, str(folder))
 
+    def tensor_name(name: str) -> str:
+        return names.get(name) or adapter.tensor_name(name)
 
-def _renamed(module: torch.nn.Module, source: TensorSource) -> dict[str, str]:
-    """Parameters that the checkpoint stores under a name which transformers changes while it loads a model."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightRenaming, rename_source_key
-
-    rules = [rule for rule in get_model_conversion_mapping(cast("Any", module)) if isinstance(rule, WeightRenaming)]
-    prefix: str = getattr(module, "base_model_prefix", "")
-    state = module.state_dict(keep_vars=True)
-    found: dict[str, str] = {}
-    for stored in source:
-        name, _ = rename_source_key(stored, rules, [], prefix, state)
-        if name != stored and name in state and name not in source:
-            found[name] = stored
-    return found
+    attention = Attentions(module, tensor_name)
+    return StreamedModel(module, source, folder, config, adapter.blocks, tensor_name, attention=attention)
 
 
 def _main_dtype(source: TensorSource) -> torch.dtype | None:

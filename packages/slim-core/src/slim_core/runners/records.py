@@ -1,0 +1,96 @@
+"""What a run notes of its linears, attentions and units, for the report and for resuming."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from slim_core.quantization.smoothing import SmoothingNote
+
+__all__ = ["AttentionRecord", "LinearRecord", "RunResult", "StateRecord", "UnitRecord"]
+
+
+@dataclass(frozen=True)
+class LinearRecord:
+    """What happened to one linear. ``low`` and ``high`` bound its inputs on ``tokens`` tokens; None if not observed."""
+
+    name: str
+    kind: str
+    weight_sqnr_db: float
+    low: float | None
+    high: float | None
+    tokens: int | None = None
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class UnitRecord:
+    """Cost and size of one unit."""
+
+    name: str
+    seconds: float
+    resident_bytes: int
+    bytes_in: int
+    bytes_out: int
+
+
+@dataclass(frozen=True)
+class StateRecord:
+    """What was observed of one state, over all channels: ``query``, ``key`` or ``value``.
+
+    Args:
+        low, high: extremes.
+        clip_low, clip_high: the widest range that is not clipped, of all channels or heads.
+    """
+
+    state: str
+    low: float
+    high: float
+    clip_low: float
+    clip_high: float
+
+
+@dataclass(frozen=True)
+class AttentionRecord:
+    """What happened to one attention; without states if nothing was observed of it."""
+
+    name: str
+    becomes: str
+    tokens: int
+    states: tuple[StateRecord, ...] = ()
+
+    @classmethod
+    def recalled(cls, note: Mapping[str, Any]) -> AttentionRecord:
+        """A record from its JSON form."""
+        states = tuple(StateRecord(**state) for state in note["states"])
+        return cls(note["name"], note["becomes"], note["tokens"], states)
+
+
+@dataclass
+class RunResult:
+    """What a run did, for the report.
+
+    Args:
+        block_forwards: forward passes of single blocks that were run.
+        stage_forwards: those of the stages ahead of the main one.
+        peak_bytes: the most memory the process ever had.
+        base_bytes: its memory when the run began.
+    """
+
+    save_path: Path
+    linears: list[LinearRecord] = field(default_factory=list[LinearRecord])
+    attentions: list[AttentionRecord] = field(default_factory=list[AttentionRecord])
+    smoothed: list[SmoothingNote] = field(default_factory=list[SmoothingNote])
+    units: list[UnitRecord] = field(default_factory=list[UnitRecord])
+    warnings: list[str] = field(default_factory=list[str])
+    samples: int = 0
+    block_forwards: int = 0
+    stage_forwards: int = 0
+    resumed_units: int = 0
+    seconds: float = 0.0
+    base_bytes: int = 0
+    peak_bytes: int = 0
+    bytes_in: int = 0
+    bytes_out: int = 0
