@@ -18,9 +18,9 @@ from slim_core.evaluation.verify import verify_folder
 from slim_core.processors.adapt_rotation import AdaptRotation
 from slim_core.processors.linear_quant import LinearQuant
 from slim_core.progress import SilentProgress
-from slim_core.quantization.procrustes import fake_quantize
-from slim_core.quantization.rotation import Hadamard
 from slim_core.recipe import recipe_from_dict
+from slim_core.rotation.matrices import Hadamard
+from slim_core.rotation.procrustes import fake_quantize
 from slim_core.runners.plan_text import render_summary
 from slim_core.service import EvalRequest, QuantRequest
 from slim_llm.service import LlmService

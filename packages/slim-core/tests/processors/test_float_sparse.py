@@ -13,11 +13,11 @@ from slim_core.errors import InvalidModelError, SchemaValidateError
 from slim_core.model.units import LinearInfo
 from slim_core.processors.base import Assignment, LinearWork, UnitWork, create_processor
 from slim_core.processors.float_sparse import FloatSparse, FloatSparseConfig
-from slim_core.quantization import admm
 from slim_core.quantization.kinds import LayerKind
 from slim_core.quantization.layers import QuantizedLinear, SparseFloat
 from slim_core.quantization.statistics import InputStatistics, Need
 from slim_core.recipe import recipe_from_dict
+from slim_core.sparsity import admm
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 

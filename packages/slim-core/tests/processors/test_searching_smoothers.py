@@ -23,11 +23,11 @@ from slim_core.model.units import StreamedModel
 from slim_core.model.weights import UnitWeights
 from slim_core.processors.base import UnitWork, create_processor
 from slim_core.processors.searching import SearchingSmoother
-from slim_core.quantization.smoothing import SmoothingNote
-from slim_core.quantization.smoothing_search import GRID, awq_scales, exponent_scale
 from slim_core.quantization.statistics import InputStatistics, Need
 from slim_core.quantization.statistics.inputs import SAMPLED_TOKENS
 from slim_core.recipe import ProcessorConfig, recipe_from_dict
+from slim_core.smoothing.scales import SmoothingNote
+from slim_core.smoothing.search import GRID, awq_scales, exponent_scale
 
 HIDDEN, WIDE, DIM, EXPERTS = 16, 24, 4, 12
 UNIT = "layers.0"

@@ -28,11 +28,11 @@ from slim_core.model.weights import UnitWeights
 from slim_core.processors.base import Processor, UnitWork, create_processor
 from slim_core.processors.smoothing import Smoother
 from slim_core.progress import SilentProgress
-from slim_core.quantization.smoothing import FLOOR, power_scale
 from slim_core.quantization.statistics import InputObserver, InputStatistics, Need
 from slim_core.recipe import ProcessorConfig, recipe_from_dict
 from slim_core.runners.plan import Plan, make_plan
 from slim_core.runners.run import RunResult, run_plan
+from slim_core.smoothing.scales import FLOOR, power_scale
 
 HIDDEN, WIDE, HEADS, KV_HEADS, DIM, EXPERTS = 16, 24, 4, 2, 6, 3
 ALL = ("norm-linear", "linear-linear", "ov", "up-down")

@@ -18,9 +18,9 @@ from slim_core.fingerprint import fingerprint
 from slim_core.model.biases import take_stored_biases
 from slim_core.model.units import StreamedModel
 from slim_core.progress import Progress
-from slim_core.quantization.input_rotation import install, read_input_rotations
 from slim_core.recipe import Recipe, SpecV1, dump_recipe
 from slim_core.recipe.schema import DatasetConfig
+from slim_core.rotation.inputs import install, read_input_rotations
 from slim_core.runners.plan import Plan, make_plan
 from slim_core.runners.run import RunResult, run_plan
 from slim_core.savers.ascendv1_folder import AscendV1Folder

@@ -12,11 +12,11 @@ from typing import Any
 
 from slim_core.evaluation.report_data import LinearRow, ReportData, collect, role
 from slim_core.evaluation.report_plots import MAX_LINES, draw_plots
-from slim_core.quantization.smoothing import SmoothingNote
 from slim_core.runners.plan import Plan
 from slim_core.runners.run import RunResult
 from slim_core.savers.side_files import write_text
 from slim_core.sizes import human_size
+from slim_core.smoothing.scales import SmoothingNote
 
 __all__ = ["write_report"]
 

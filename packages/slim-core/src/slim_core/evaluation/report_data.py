@@ -16,11 +16,11 @@ from typing import Any
 import torch
 
 from slim_core.devices import Devices
-from slim_core.quantization.smoothing import SmoothingNote
 from slim_core.runners.plan import Plan
 from slim_core.runners.run import RunResult
 from slim_core.savers.loaders import layer_class
 from slim_core.service import SERVICE_GROUP
+from slim_core.smoothing.scales import SmoothingNote
 
 __all__ = ["LinearRow", "ReportData", "UnitRow", "collect", "finite", "role"]
 

@@ -27,10 +27,10 @@ from slim_core.logging import get_logger
 from slim_core.model.units import LinearInfo, StreamedModel
 from slim_core.processors.base import Processor
 from slim_core.processors.rotating import BlockSize, PowerOfTwo, Rotating, RotatingConfig
-from slim_core.quantization.dense_rotation import DenseRotation
-from slim_core.quantization.procrustes import learn_rotation
 from slim_core.recipe import ProcessorConfig
 from slim_core.recipe.base import Integer
+from slim_core.rotation.dense import DenseRotation
+from slim_core.rotation.procrustes import learn_rotation
 
 __all__ = ["AdaptRotation", "AdaptRotationConfig"]
 

@@ -17,11 +17,11 @@ from slim_core.processors.searching import SearchingSmoother, evidence_of, mean_
 from slim_core.processors.smoothing import SubgraphConfig
 from slim_core.quantization.building import check_shape
 from slim_core.quantization.kinds import LayerForm, layer_form
-from slim_core.quantization.smoothing import Choice, Smoothing
-from slim_core.quantization.smoothing_search import Objective, awq_scales, exact, search_ratio
 from slim_core.quantization.statistics import InputStatistics
-from slim_core.quantization.trial_quantizers import weight_quantizer
 from slim_core.recipe.qconfig import ActConfig, LinearQConfig, WeightConfig
+from slim_core.smoothing.scales import Choice, Smoothing
+from slim_core.smoothing.search import Objective, awq_scales, exact, search_ratio
+from slim_core.smoothing.trials import weight_quantizer
 
 __all__ = ["Awq", "AwqConfig"]
 

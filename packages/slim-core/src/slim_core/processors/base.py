@@ -23,10 +23,10 @@ from slim_core.model.weights import UnitWeights, WeightView
 from slim_core.quantization.attention import AttentionForm, QuantizedAttention
 from slim_core.quantization.kinds import LayerForm, LayerKind
 from slim_core.quantization.layers import QuantizedLinear
-from slim_core.quantization.smoothing import SmoothingNote
 from slim_core.quantization.statistics import InputStatistics, Need
 from slim_core.quantization.statistics.attention import AttentionStatistics
 from slim_core.recipe import NameFilter, ProcessorConfig, processor_class
+from slim_core.smoothing.scales import SmoothingNote
 
 __all__ = [
     "Assignment",

@@ -16,11 +16,11 @@ from slim_core.processors.searching import SearchingSmoother, evidence_of, mean_
 from slim_core.processors.smoothing import SubgraphConfig
 from slim_core.quantization.building import check_shape
 from slim_core.quantization.kinds import layer_form
-from slim_core.quantization.smoothing import Choice, Smoothing
-from slim_core.quantization.smoothing_search import Objective, exponent_scale, search_alpha
 from slim_core.quantization.statistics import InputStatistics
-from slim_core.quantization.trial_quantizers import act_quantizer, weight_quantizer
 from slim_core.recipe import LinearQConfig
+from slim_core.smoothing.scales import Choice, Smoothing
+from slim_core.smoothing.search import Objective, exponent_scale, search_alpha
+from slim_core.smoothing.trials import act_quantizer, weight_quantizer
 
 __all__ = ["FlexAwqSsz", "FlexAwqSszConfig", "searchable"]
 

@@ -12,9 +12,9 @@ from slim_core.model.subgraphs import Subgraph
 from slim_core.processors.base import UnitWork
 from slim_core.processors.searching import SearchingSmoother, evidence_of, largest_inputs, weights_of
 from slim_core.processors.smoothing import SubgraphConfig
-from slim_core.quantization.smoothing import Choice, Smoothing
-from slim_core.quantization.smoothing_search import Objective, exponent_scale, search_exponents, symmetric_rows
 from slim_core.quantization.statistics import InputStatistics
+from slim_core.smoothing.scales import Choice, Smoothing
+from slim_core.smoothing.search import Objective, exponent_scale, search_exponents, symmetric_rows
 
 __all__ = ["FlexSmoothQuant", "FlexSmoothQuantConfig"]
 

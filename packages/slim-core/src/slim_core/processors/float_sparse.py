@@ -10,13 +10,13 @@ from torch import Tensor
 
 from slim_core.logging import get_logger
 from slim_core.processors.base import LinearRule, Processor, UnitWork
-from slim_core.quantization.admm import InputMetric, prune
 from slim_core.quantization.kinds import LayerForm, LayerKind
 from slim_core.quantization.layers import SparseFloat
-from slim_core.quantization.mantissa import reduce_mantissas
 from slim_core.quantization.statistics import InputStatistics, Need
 from slim_core.quantization.weights import all_rows, sqnr
 from slim_core.recipe import Exclude, Include, NameFilter, Phase, ProcessorConfig
+from slim_core.sparsity.admm import InputMetric, prune
+from slim_core.sparsity.mantissa import reduce_mantissas
 
 __all__ = ["FloatSparse", "FloatSparseConfig"]
 

@@ -12,8 +12,8 @@ from slim_core.errors import InvalidModelError
 from slim_core.model.subgraphs import Subgraph
 from slim_core.processors.base import UnitWork
 from slim_core.processors.smoothing import Smoother, SubgraphConfig
-from slim_core.quantization.smoothing import FLOOR, Choice, Smoothing, column_maxima, power_scale
 from slim_core.quantization.statistics import ChannelStatistics, InputStatistics
+from slim_core.smoothing.scales import FLOOR, Choice, Smoothing, column_maxima, power_scale
 
 __all__ = ["IterSmooth", "IterSmoothConfig", "closed_form"]
 

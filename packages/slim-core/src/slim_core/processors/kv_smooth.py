@@ -17,9 +17,9 @@ from slim_core.model.query_keys import QueryKey
 from slim_core.model.structure import Structure
 from slim_core.model.units import StreamedModel
 from slim_core.processors.base import Processor, StateChange, StateRequest, UnitWork
-from slim_core.quantization.key_smoothing import key_edits, key_scale
-from slim_core.quantization.smoothing import SmoothingNote, spread_of
 from slim_core.recipe import Exclude, Include, NameFilter, Phase, ProcessorConfig
+from slim_core.smoothing.keys import key_edits, key_scale
+from slim_core.smoothing.scales import SmoothingNote, spread_of
 
 __all__ = ["KVSmooth", "KVSmoothConfig"]
 

@@ -15,10 +15,10 @@ from slim_core.errors import UnexpectedError, UnsupportedError
 from slim_core.model.structure import discover
 from slim_core.model.units import StreamedModel
 from slim_core.processors.base import Example, Extras, Processor
-from slim_core.quantization.rotated_model import RotatedModel, rotate_model
-from slim_core.quantization.rotation import Rotation
-from slim_core.quantization.stream_online import OnlineChoice
 from slim_core.recipe import Phase, ProcessorConfig
+from slim_core.rotation.matrices import Rotation
+from slim_core.rotation.model import RotatedModel, rotate_model
+from slim_core.rotation.online_places import OnlineChoice
 
 __all__ = ["DRAFT_FILE", "ROTATION_FILE", "BlockSize", "PowerOfTwo", "Rotating", "RotatingConfig"]
 

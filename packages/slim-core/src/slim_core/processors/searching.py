@@ -14,9 +14,9 @@ from slim_core.model.units import LinearInfo
 from slim_core.processors.base import Assignment, UnitWork
 from slim_core.processors.smoothing import Smoother, is_routed
 from slim_core.quantization.kinds import LayerForm
-from slim_core.quantization.smoothing_search import Evidence, WeightSample, working_bytes
 from slim_core.quantization.statistics import InputStatistics, Need
 from slim_core.quantization.statistics.inputs import SAMPLED_TOKENS
+from slim_core.smoothing.search import Evidence, WeightSample, working_bytes
 
 __all__ = ["SearchingSmoother"]
 

@@ -11,8 +11,8 @@ from slim_core.model.subgraphs import Subgraph
 from slim_core.processors.base import UnitWork
 from slim_core.processors.iter_smooth import closed_form
 from slim_core.processors.smoothing import Smoother, SmootherConfig
-from slim_core.quantization.smoothing import FLOOR, Smoothing
 from slim_core.quantization.statistics import InputStatistics
+from slim_core.smoothing.scales import FLOOR, Smoothing
 
 __all__ = ["SmoothQuant", "SmoothQuantConfig"]
 

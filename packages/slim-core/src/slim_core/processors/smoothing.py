@@ -15,9 +15,9 @@ from slim_core.model.structure import Structure
 from slim_core.model.subgraphs import SUBGRAPH_TYPES, Subgraph
 from slim_core.model.units import Addition, LinearInfo, StreamedModel
 from slim_core.processors.base import Assignment, Processor, StateChange, UnitWork
-from slim_core.quantization.smoothing import Smoothing, SmoothingNote, edits_of, note_of
 from slim_core.quantization.statistics import InputStatistics, Need
 from slim_core.recipe import Exclude, Include, NameFilter, Phase, ProcessorConfig
+from slim_core.smoothing.scales import Smoothing, SmoothingNote, edits_of, note_of
 
 __all__ = ["Smoother", "SmootherConfig", "SubgraphConfig", "SubgraphType", "is_routed", "seen_by"]
 

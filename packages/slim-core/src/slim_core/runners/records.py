@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from slim_core.quantization.smoothing import SmoothingNote
+from slim_core.smoothing.scales import SmoothingNote
 
 __all__ = ["AttentionRecord", "LinearRecord", "RunResult", "StateRecord", "UnitRecord"]
 

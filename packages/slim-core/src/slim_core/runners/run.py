@@ -21,13 +21,13 @@ from slim_core.logging import get_logger
 from slim_core.memory import give_back_freed_memory, peak_memory, resident_memory
 from slim_core.model.units import StreamedModel
 from slim_core.progress import Progress
-from slim_core.quantization.smoothing import SmoothingNote
 from slim_core.runners.calibration import BlockForwards
 from slim_core.runners.plan import Plan
 from slim_core.runners.prior import LEARNED_FILE, StageInputs, keep_learned, learned_before, run_stages
 from slim_core.runners.records import AttentionRecord, LinearRecord, RunResult, UnitRecord
 from slim_core.runners.unit_run import Bench, UnitRun
 from slim_core.savers.base import Output, PlannedTensor
+from slim_core.smoothing.scales import SmoothingNote
 
 __all__ = ["LinearRecord", "RunResult", "UnitRecord", "run_plan"]
 

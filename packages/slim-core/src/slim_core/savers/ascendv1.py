@@ -19,7 +19,6 @@ from slim_core.model.units import LinearInfo, StreamedModel, Unit
 from slim_core.processors.base import Assignment, AttentionAssignment, Extras
 from slim_core.quantization.affine import by_groups
 from slim_core.quantization.attention import AttentionForm, QuantizedAttention
-from slim_core.quantization.input_rotation import UNDESCRIBED
 from slim_core.quantization.kinds import LayerForm, LayerKind
 from slim_core.quantization.layers import (
     DynamicInt,
@@ -32,6 +31,7 @@ from slim_core.quantization.layers import (
     WeightOnlyInt,
 )
 from slim_core.recipe import SaverConfig
+from slim_core.rotation.inputs import UNDESCRIBED
 from slim_core.savers.ascendv1_attention import attention_keys, attention_layout, attention_parts
 from slim_core.savers.ascendv1_layout import BLOCK, FLOAT_BIAS, layout, row_parallel
 from slim_core.savers.base import Output, PlannedTensor, Saver

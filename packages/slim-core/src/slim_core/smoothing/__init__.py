@@ -1,0 +1,1 @@
+"""Scales that move outliers from activations into weights, exactly."""

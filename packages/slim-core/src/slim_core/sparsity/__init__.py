@@ -1,0 +1,1 @@
+"""Pruning that lets the remaining weights make up for what is gone."""
