@@ -34,7 +34,7 @@ def test_practices_show_prints_a_recipe(slim) -> None:
     [
         (["Qwen3-8B", "--quant_type", "w8a8"], "qwen3-w8a8", "none"),
         (["Qwen3-8B"], "qwen3-w8a8", "No quant_type was given"),
-        (["Qwen3-8B", "--quant-type", "w4a8"], "qwen3-w8a8", "There is no practice for Qwen3-8B with w4a8"),
+        (["Qwen3-8B", "--quant-type", "w4a4c8"], "qwen3-w8a8", "There is no practice for Qwen3-8B with w4a4c8"),
         (["never-heard-of", "--quant_type", "w8a16"], "default-w8a16", "was not made for never-heard-of"),
     ],
 )

@@ -14,9 +14,8 @@ ROOT = Path(__file__).parents[4]
 LAB = ROOT / "lab_practice"
 REGISTRY = ROOT / "packages/slim-llm/src/slim_llm/models/registry.yaml"
 
-pytestmark = pytest.mark.usefixtures("install")
-
 FILES = sorted(LAB.glob("*/*.yaml"))
+QUANT_TYPES_HELD = ("w8a8", "w8a16", "w8a8c8", "w8a8s", "w16a16s", "w4a8", "w4a8c8", "w4a4")
 LINEARS = [
     f"model.layers.{layer}.{name}"
     for layer in (0, 35)
@@ -43,11 +42,15 @@ def test_a_practice_is_sound(path: Path):
     assert dump_recipe(recipe)
 
 
+def owners(path: Path) -> list[NameFilter]:
+    """What the processors name that take linears."""
+    found = [one for one in load_recipe(path).spec().process if one.type in ("linear_quant", "float_sparse")]
+    return [NameFilter(one.include, one.exclude) for one in found]
+
+
 @pytest.mark.parametrize("path", FILES, ids=ident)
 def test_every_linear_of_a_dense_model_is_quantized_exactly_once_and_every_pattern_is_used(path: Path):
-    (processor,) = load_recipe(path).spec().process
-    members = processor.configs if processor.type == "group" else (processor,)
-    filters = [NameFilter(member.include, member.exclude) for member in members]
+    filters = owners(path)
     for name in LINEARS:
         assert [each.matches(name) for each in filters].count(True) == 1, name
     if path.parent.name != "default":
@@ -62,12 +65,13 @@ def test_the_fallbacks_leave_routers_alone(path: Path):
     assert chosen.matches("model.layers.3.mlp.experts.0.gate_proj")
 
 
-def test_a_dense_w8a8_has_a_scale_per_token():
-    for path in LAB.glob("*/*w8a8.yaml"):
-        if path.parent.name == "default":
-            continue
-        (processor,) = load_recipe(path).spec().process
-        assert (processor.qconfig.act.scope, processor.qconfig.act.symmetric) == ("per_token", True)
+def test_static_scales_come_after_smoothing():
+    """One scale for all tokens is only as good as the outliers are gone."""
+    for path in FILES:
+        spec = load_recipe(path).spec()
+        static = [one for one in spec.process if one.type == "linear_quant" and one.qconfig.act is not None]
+        if any(one.qconfig.act.scope == "per_tensor" for one in static):
+            assert spec.process[0].type == "iter_smooth", path
 
 
 def test_every_registered_model_type_reaches_a_practice_without_a_question():
@@ -76,7 +80,7 @@ def test_every_registered_model_type_reaches_a_practice_without_a_question():
     assert set(registry) == set(library.pedigrees()) - {"default"}
     for pedigree, names in registry.items():
         for name in names:
-            for quant_type in ("w8a8", "w8a16"):
+            for quant_type in QUANT_TYPES_HELD:
                 selection = library.select(pedigree, name, quant_type)
                 assert selection.question is None
                 assert selection.practice.quant_type == quant_type
