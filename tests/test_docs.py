@@ -37,6 +37,7 @@ from slim_core.recipe.plugins import PluginConfig
 from slim_core.recipe.qconfig import METHODS
 from slim_core.recipe.schema import Label
 from slim_core.savers.ascendv1_folder import AscendV1Folder
+from slim_core.savers.loaders import engines, reads_ascendv1
 from slim_core.service import EvalRequest, Migrator, QuantRequest, find_service
 
 ROOT = Path(__file__).parents[1]
@@ -263,7 +264,10 @@ def test_extending_shows_the_example_package() -> None:
 def quantize_with(apiversion: str, model: Path, out: Path, spec: dict[str, Any]) -> Any:
     recipe = recipe_from_dict({"apiversion": apiversion, "spec": spec})
     request = QuantRequest(model_path=model, save_path=out, model_type="example", device="cpu")
-    return find_service(apiversion).quantize(request, recipe, SilentProgress())
+    shown: list[Any] = []
+    result = find_service(apiversion).quantize(request, recipe, SilentProgress(), on_plan=shown.append)
+    assert len(shown) == 1
+    return result
 
 
 def test_example_processor_beats_the_full_range(plugin: Path) -> None:
@@ -326,7 +330,64 @@ def test_example_service_streams_a_model_of_its_own(plugin: Path) -> None:
     assert (first.low, first.high) == pytest.approx((float(seen.min()), float(seen.max())), abs=1e-5)
 
 
+def test_example_service_explores_its_model(plugin: Path) -> None:
+    """Smoothing needs the example of an input; the model that is written computes the same."""
+    from slim_example.service import Mlp
+
+    torch.manual_seed(0)
+    module, folder, x = Mlp(16, 3), plugin / "mlp", torch.randn(5, 16) * torch.logspace(0, 2, 16)
+    folder.mkdir()
+    save_file(module.state_dict(), folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps({"model_type": "example_mlp", "width": 16, "depth": 3}))
+    save_file({"x": x}, plugin / "x.safetensors")
+    process = [{"type": "iter_smooth", "alpha": 0.5}]
+    spec = {"process": process, "save": [{"type": "ascendv1_saver"}], "dataset": str(plugin / "x.safetensors")}
+    quantize_with("example_mlp_v1", folder, plugin / "out", spec)
+    written = AscendV1Folder(plugin / "out").source
+    state = {name: written.load(name) for name in written}
+    assert not torch.equal(state["trunk.0.up.weight"], module.trunk[0].up.weight)
+    smoothed = Mlp(16, 3)
+    smoothed.load_state_dict(state)
+    assert torch.allclose(smoothed(x), module(x), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("page", named(MARKDOWN))
 def test_tests_that_pages_name_exist(page: Path) -> None:
     for file, test in re.findall(r"`([\w/.-]+\.py)::(\w+)`", read(page)):
         assert f"def {test}(" in read(file)
+
+
+_ASKED = {
+    "per_channel": "per channel",
+    "grouped": "in groups",
+    "symmetric": "symmetric",
+    "even_blocks": "64 divides the input",
+    "whole_blocks": "32 divides the input",
+    "alone": "no groups in the model",
+}
+
+
+def engine_table() -> list[str]:
+    """Which engine of this format loads which of the types that Slim writes, as rows of Markdown."""
+    tables: dict[str, Any] = yaml.safe_load(read("packages/slim-core/src/slim_core/savers/loader_tables.yaml"))
+    names = [name for name in engines() if reads_ascendv1(name)]
+    rows = [["type", *names], ["---"] * (1 + len(names))]
+    for kind in LayerKind:
+        label = {"WFP8AFP8_DYNAMIC": "W8A8FP8_DYNAMIC"}.get(kind, str(kind))
+        cells: list[str] = []
+        for name in names:
+            places: dict[str, Any] = tables[name]["types"].get(label, {})
+            told = (
+                place + ("" if asked is True else f" ({', '.join(_ASKED[word] for word in asked)})")
+                for place, asked in places.items()
+            )
+            cells.append(", ".join(told) or "-")
+        rows.append([f"`{label}`", *cells])
+    for kind in ("C8", "FAKQuant"):
+        known = [tables[name].get("attention", {}).get(kind) for name in names]
+        rows.append([f"`{kind}`", *(f"{' and '.join(places)} attention" if places else "-" for places in known)])
+    return [f"| {' | '.join(row)} |" for row in rows]
+
+
+def test_the_table_of_engines_is_the_one_in_use() -> None:
+    assert "\n".join(engine_table()) in prose("docs/verify.md")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -80,10 +79,10 @@ def made(family: str, folder: Path) -> Path:
 
 
 @pytest.fixture
-def data(tmp_path: Path) -> Iterator[Path]:
+def data(tmp_path: Path) -> Path:
     path = tmp_path / "calibration.jsonl"
     path.write_text("".join(json.dumps({"inputs_pretokenized": text}) + "\n" for text in TEXTS), "utf-8")
-    yield path
+    return path
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)

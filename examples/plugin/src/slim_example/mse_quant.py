@@ -12,13 +12,15 @@ from slim_core.processors.base import LinearRule, Processor, UnitWork
 from slim_core.quantization.affine import EPSILON, dequantize, quantize
 from slim_core.quantization.kinds import LayerForm, LayerKind
 from slim_core.quantization.layers import DynamicInt
-from slim_core.recipe import Exclude, Include, NameFilter, ProcessorConfig
+from slim_core.recipe import Exclude, Include, NameFilter, Phase, ProcessorConfig
 
 __all__ = ["MseQuant", "MseQuantConfig", "best_scale"]
 
 
 class MseQuantConfig(ProcessorConfig):
     """Quantize the linears that ``include`` names and ``exclude`` does not."""
+
+    phase = Phase.QUANTIZATION
 
     type: Literal["mse_quant"] = "mse_quant"
     steps: int = Field(default=16, ge=1, le=100, description="Scales tried for each output channel")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -80,10 +81,14 @@ class MlpService:
     def plan(self, request: QuantRequest, recipe: Recipe) -> Plan:
         return self._plan(open_mlp(request.model_path), request, recipe)
 
-    def quantize(self, request: QuantRequest, recipe: Recipe, progress: Progress) -> RunResult:
+    def quantize(
+        self, request: QuantRequest, recipe: Recipe, progress: Progress, on_plan: Callable[[Plan], None] | None = None
+    ) -> RunResult:
         check_target(request.save_path, request.model_path, request.overwrite or request.resume)
         model, spec = open_mlp(request.model_path), recipe.spec()
         plan = self._plan(model, request, recipe)
+        if on_plan is not None:
+            on_plan(plan)
         return run_plan(
             plan,
             request.save_path,
@@ -99,7 +104,8 @@ class MlpService:
 
     def _plan(self, model: StreamedModel, request: QuantRequest, recipe: Recipe) -> Plan:
         devices = resolve_devices(request.device, explicit="device" in request.model_fields_set)
-        return make_plan(model, recipe.spec(), devices)
+        rows = torch.randn(4, model.config["width"], generator=torch.Generator().manual_seed(0))
+        return make_plan(model, recipe.spec(), devices, example=lambda: {"x": rows})
 
 
 def _samples(path: str) -> list[dict[str, Any]]:

@@ -47,7 +47,7 @@ class QuantRequest(BaseModel):
     quant_type: str | None = Field(None, description="Quantization type, e.g. w8a8; excludes --config_path")
     tag: list[str] = Field(default_factory=list, description="Scenario tags a practice must carry, e.g. vLLM_Ascend")
     trust_remote_code: bool = Field(False, description="Run Python code that ships with the model: True or False")
-    dry_run: bool = Field(False, description="Print the plan and stop; reads headers only")
+    dry_run: bool = Field(False, description="Print the plan and stop; writes nothing")
     overwrite: bool = Field(False, description="Replace a non-empty save_path once the new output is complete")
     resume: bool = Field(False, description="Continue an interrupted run into the same save_path")
     yes: bool = Field(False, description="Answer yes to the question about a fall-back practice")
@@ -86,13 +86,13 @@ class Service(Protocol):
         ...
 
     def plan(self, request: QuantRequest, recipe: Any) -> Plan:
-        """The plan of a run, from configuration and headers only."""
+        """The plan of a run; writes nothing."""
         ...
 
     def quantize(
         self, request: QuantRequest, recipe: Any, progress: Progress, on_plan: Callable[[Plan], None] | None = None
     ) -> RunResult:
-        """Run the recipe and write the output; ``on_plan`` is shown the plan before any weight is read."""
+        """Run the recipe and write the output; ``on_plan`` is shown the plan before that begins."""
         ...
 
     def evaluate(self, request: EvalRequest, progress: Progress) -> EvalResult:

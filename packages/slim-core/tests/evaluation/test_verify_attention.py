@@ -214,6 +214,7 @@ def test_what_engines_load(draft: Any, tmp_path: Path) -> None:
     found = verify_folder(draft.write(tmp_path / "out"))
     (entry,) = [entry for entry in found.loadable if entry.engine == "vllm-ascend" and entry.place == "attention"]
     assert (entry.kind, entry.count, entry.loadable) == ("FAKQuant", 2, False)
+    assert not any(entry.engine == "mindie-sd" for entry in found.loadable)
     assert any("has no class for FAKQuant attention layers" in warning for warning in found.warnings)
     for layer in range(2):
         draft.add_float(f"{ATTENTION.format(layer)}.kv_b_proj.weight", torch.zeros(4, 4, dtype=torch.bfloat16))

@@ -14,7 +14,7 @@ from slim_core.evaluation.verify_layers import Loadable, layer_kind_of
 from slim_core.quantization.attention import AttentionForm
 from slim_core.savers.ascendv1_attention import FA_KEY, QUANT_TYPE, engine_class, parse_quant_type
 from slim_core.savers.ascendv1_layout import form_of
-from slim_core.savers.loaders import MAIN_ENGINE, engines, loads_attention
+from slim_core.savers.loaders import MAIN_ENGINE, engines, loads_attention, reads_ascendv1
 
 __all__ = ["check_attention_values", "check_attentions", "loadable_attentions"]
 
@@ -186,7 +186,8 @@ def _is_code(value: torch.Tensor) -> bool:
 
 
 def loadable_attentions(contents: Contents, engine: str | None) -> Iterator[Loadable]:
-    """For every engine (or the one given) and type: how many attentions, and whether there is a class for them."""
+    """For every engine that reads this format (or the one given) and type: how many attentions, and whether there is a
+    class for them."""
     found: dict[tuple[str, bool], list[str]] = {}
     for attention in _attentions(contents).values():
         latent = attention.latent_weight in contents.placed
@@ -195,7 +196,7 @@ def loadable_attentions(contents: Contents, engine: str | None) -> Iterator[Load
         layout: AttentionForm | None = parse_quant_type(attention.quant_type or "")
         if layout is not None:
             found.setdefault((engine_class(layout), latent), []).append(attention.prefix)
-    for name in [engine] if engine else engines():
+    for name in [engine] if engine else filter(reads_ascendv1, engines()):
         for (kind, latent), prefixes in sorted(found.items()):
             loadable = loads_attention(name, kind, latent)
             yield Loadable(name, kind, "attention", len(prefixes), loadable, prefixes[0])
