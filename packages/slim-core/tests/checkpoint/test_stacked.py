@@ -95,6 +95,12 @@ MATCHES: list[tuple[dict[str, Tensor], list[str], dict[str, Any]]] = [
     ),
     ({f"{P}.fc1.weight": gate_up(True, False), f"{P}.fc2.weight": DOWN.mT}, names_of(P, *STANDARD), {}),
     (
+        {f"{P}.w13_weight": gate_up(False, True), f"{P}.w2_weight": DOWN},
+        names_of(P, *STANDARD),
+        {"model_type": "inkling2_text"},
+    ),
+    ({f"{P}.gate_proj": GATE, f"{P}.up_proj": UP, f"{P}.down_proj": DOWN}, names_of(P, *STANDARD), {}),
+    (
         {"b.input_linear.weight": gate_up(False, False), "b.output_linear.weight": DOWN},
         names_of("b.experts", *STANDARD),
         {},

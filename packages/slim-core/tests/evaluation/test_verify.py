@@ -339,6 +339,27 @@ def test_fault_against_the_original(fault: str, draft: Any, tmp_path: Path) -> N
     assert any(message in problem for problem in found.problems), found.text()
 
 
+def test_a_head_that_the_original_has_for_itself_too(draft: Any, tmp_path: Path) -> None:
+    """Some classes never tie, whatever the configuration says."""
+    draft.tensors["lm_head.weight"] = draft.original["lm_head.weight"] = draft.tensors["lm_head.weight"] + 1
+    found = verify_folder(draft.write(tmp_path / "out"), draft.write_original(tmp_path / "model"))
+    assert found.ok, found.text()
+    assert any("lm_head.weight: differs from model.embed_tokens.weight" in text for text in found.warnings)
+
+
+def test_experts_without_weights_of_their_own_may_lie_in_a_stack(draft: Any, tmp_path: Path) -> None:
+    """LongCat stacks rows for its identity experts, of gate and up alone; nothing quantizes them."""
+    for expert in range(3):
+        for leaf in ("gate_proj", "up_proj", "down_proj"):
+            name = f"model.layers.0.mlp.experts.{expert}.{leaf}"
+            if expert < 2:
+                draft.add_linear(name, "W8A8_DYNAMIC", torch.randn(8, 8))
+            elif leaf != "down_proj":
+                draft.add_float(f"{name}.weight", torch.randn(8, 8).bfloat16())
+    found = verify_folder(draft.write(tmp_path / "out"), draft.write_original(tmp_path / "model"))
+    assert found.ok, found.text()
+
+
 def test_another_model(new_draft: Callable[[torch.dtype], Any], draft: Any, tmp_path: Path) -> None:
     other = new_draft(torch.bfloat16)
     other.original = {name: tensor + 1 for name, tensor in other.original.items()}

@@ -122,6 +122,15 @@ def test_biases_to_be_skipped_stay_where_they_are(tmp_path: Path) -> None:
     assert [name for name, _ in net.named_parameters()] == ["layers.0.norm.weight", "layers.0.linear.weight"]
 
 
+def test_a_stored_bias_that_is_another_parameter_is_none(tmp_path: Path) -> None:
+    """Routers keep the correction of their scores as ``gate.bias``, which the model calls otherwise."""
+    names = {"layers.0.correction": "layers.0.norm.bias"}
+    net, source = streamed(tmp_path, {"layers.0.norm.bias": torch.ones(4)})
+    net.layers[0].register_buffer("correction", torch.zeros(4))
+    take_stored_biases(net, source, lambda name: names.get(name, name))
+    assert [name for name, _ in net.named_parameters()] == ["layers.0.norm.weight", "layers.0.linear.weight"]
+
+
 def test_names_of_the_checkpoint_are_those_of_the_weight(tmp_path: Path) -> None:
     """A name that the model does not have itself is in no table of names."""
     names = {"layers.0.norm.weight": "text.layers.0.norm.weight", "layers.0.linear.weight": "text.layers.0.w.weight"}

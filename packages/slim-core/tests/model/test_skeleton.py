@@ -89,6 +89,17 @@ def test_lists_inside_a_list_do_not_count() -> None:
     assert find_blocks(net) == "layers"
 
 
+def test_the_blocks_of_another_modality_are_set_aside() -> None:
+    net = nn.Module()
+    net.tower = nn.Module()
+    net.tower.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(3))
+    net.towers = nn.ModuleList(nn.Linear(4, 4) for _ in range(2))
+    net.layers = nn.ModuleList(nn.Linear(2, 2) for _ in range(2))
+    assert find_blocks(net) == "tower.layers"
+    assert find_blocks(net, ["tower"]) == "towers", "a module whose name begins alike is another one"
+    assert find_blocks(net, ["tower", "towers"]) == "layers"
+
+
 @pytest.mark.parametrize("lists", [[], [nn.ModuleList()], [nn.ModuleList([nn.ReLU()])]])
 def test_no_blocks(lists: list[nn.ModuleList]) -> None:
     net = nn.Module()

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from slim_core.checkpoint.joined import JoinedSource
 from slim_core.checkpoint.reader import Checkpoint
 from slim_core.errors import InvalidModelError
 from slim_core.model.skeleton import parameters_on_meta
@@ -261,3 +262,43 @@ def test_naming_the_blocks(tmp_path: Path, change: Callable[[nn.ModuleList], nn.
     model = StreamedModel(net, Checkpoint(tmp_path), tmp_path, {}, blocks_name="layers")
     assert [unit.block for unit in model.units] == [None, 0, 1, None]
     assert len(model.blocks) == 2
+
+
+def test_a_parameter_that_is_stored_in_parts_is_read_whole_and_written_in_parts(tmp_path: Path) -> None:
+    tensors = weights()
+    whole = tensors.pop("layers.0.norm.weight")
+    tensors |= {"layers.0.a": whole[:1], "layers.0.b": whole[1:]}
+    save_file({name: tensor.clone() for name, tensor in tensors.items()}, tmp_path / "model.safetensors")
+    with parameters_on_meta():
+        net = Net()
+    joined = {"layers.0.norm.weight": ("layers.0.a", "layers.0.b")}
+    source = JoinedSource(Checkpoint(tmp_path), joined)
+    model = StreamedModel(net, source, tmp_path, {}, joined=joined)
+    assert written(model) == {name: name for name in tensors}
+    block = unit(model, "layers.0")
+    assert {"layers.0.a", "layers.0.b"} <= set(block.tensors)
+    model.load(block.parameters, CPU)
+    assert torch.equal(model.module.get_parameter("layers.0.norm.weight"), whole)
+    model.unload(block.parameters)
+
+
+def test_a_linear_whose_weight_has_no_name_that_the_format_knows_is_passed_on(tmp_path: Path) -> None:
+    tensors = weights()
+    tensors["layers.0.projection"] = tensors.pop("layers.0.out.weight")
+    names = {"layers.0.out.weight": "layers.0.projection"}
+    model = opened(tmp_path, tensors, tensor_name=lambda name: names.get(name, name))
+    assert [info.name for info in unit(model, "layers.0").linears] == ["layers.0.proj"]
+    assert written(model) == {name: name for name in tensors}
+
+
+def test_linears_that_blocks_share_stay_float_and_are_written_for_each(tmp_path: Path) -> None:
+    tensors = weights()
+    shared = {name: name.replace("layers.0", "layers.1") for name in ("layers.0.proj.weight", "layers.0.proj.bias")}
+    save_file({n: t.clone() for n, t in tensors.items() if n not in shared.values()}, tmp_path / "model.safetensors")
+    with parameters_on_meta():
+        net = Net()
+        net.layers[1].proj = net.layers[0].proj
+    model = StreamedModel(net, Checkpoint(tmp_path), tmp_path, {})
+    linears = [info.name for unit in model.units for info in unit.linears]
+    assert linears == ["layers.0.out", "layers.1.out", "head"]
+    assert written(model) == {name: name for name in tensors} | {there: here for here, there in shared.items()}

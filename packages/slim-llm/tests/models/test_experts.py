@@ -27,9 +27,10 @@ from transformers.core_model_loading import (
 from slim_core.checkpoint.reader import Checkpoint
 from slim_core.checkpoint.sliced import SlicedSource
 from slim_core.errors import InvalidModelError, UnsupportedError
+from slim_core.model.linears import is_linear
 from slim_core.model.units import LinearInfo, StreamedModel
-from slim_llm.models import checkpoint_names
-from slim_llm.models.experts import Router, experts_apart, find_experts, take_experts_apart
+from slim_llm.models import conversions
+from slim_llm.models.experts import experts_apart, find_experts, take_experts_apart
 from slim_llm.models.loading import open_model
 
 CPU = torch.device("cpu")
@@ -231,8 +232,10 @@ def test_routers_are_no_linears(model_folder: ModelFolder, family: str) -> None:
     linears = [info.name for unit in model.units for info in unit.linears]
     words = ("router", "gate", "shared_expert_gate", "classifier", "layer", "wg")
     assert not [name for name in linears if name.rpartition(".")[2] in words]
-    marked = [name for name, module in model.module.named_modules() if isinstance(module, Router)]
-    assert bool(marked) == (family in ("qwen2_moe", "qwen3_next", "longcat", "jetmoe"))
+    marked = [
+        name for name, module in model.module.named_modules() if isinstance(module, nn.Linear) and not is_linear(module)
+    ]
+    assert bool(marked) == (family in ("qwen2_moe", "qwen3_next", "longcat", "jetmoe", "llama4", "phimoe"))
 
 
 def test_routers_beside_experts_that_are_not_stacked() -> None:
@@ -248,8 +251,72 @@ def test_routers_beside_experts_that_are_not_stacked() -> None:
     want = model.mlp.gate(x)
     take_experts_apart(model, no_spelling)
     assert torch.equal(model.mlp.gate(x), want)
-    routers = [name for name, module in model.named_modules() if isinstance(module, Router)]
+    routers = [
+        name for name, module in model.named_modules() if isinstance(module, nn.Linear) and not is_linear(module)
+    ]
     assert routers == ["mlp.gate", "mlp.shared_expert_gate"]
+
+
+def test_routers_whatever_their_experts_are() -> None:
+    """As in DBRX, whose experts are two-dimensional, and in Gemma 3n, which routes between copies of a state."""
+    model = nn.Module()
+    model.ffn = nn.Module()
+    model.ffn.router = nn.Module()
+    model.ffn.router.layer = nn.Linear(8, 4)
+    model.ffn.experts = nn.Module()
+    model.ffn.experts.w1 = nn.Parameter(torch.zeros(4 * 6, 8))
+    model.altup = nn.ModuleDict({"modality_router": nn.Linear(8, 4), "coefs": nn.Linear(4, 4)})
+    take_experts_apart(model, no_spelling)
+    linears = [name for name, module in model.named_modules() if is_linear(module)]
+    assert linears == ["altup.coefs"]
+
+
+class SharedExperts(nn.Module):
+    """Every token goes through all of them."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Parameter(torch.randn(count, 6, 8))
+        self.up_proj = nn.Parameter(torch.randn(count, 6, 8))
+        self.down_proj = nn.Parameter(torch.randn(count, 8, 6))
+
+    def forward(self, x: Tensor, gammas: Tensor) -> Tensor:
+        x = x.expand(len(gammas), -1, -1)
+        gate = torch.bmm(x, self.gate_proj.transpose(1, 2))
+        up = torch.bmm(x, self.up_proj.transpose(-1, 1))
+        return torch.bmm(gate * up * gammas, self.down_proj.transpose(2, 1)).sum(0)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_experts_that_all_tokens_go_through(count: int) -> None:
+    experts = SharedExperts(count)
+    tensors = {name: tensor.clone() for name, tensor in experts.named_parameters()}
+    x, gammas = torch.randn(5, 8), torch.randn(count, 1, 1)
+    with torch.no_grad():
+        want = experts(x, gammas)
+    model = nn.ModuleDict({"shared_experts": experts})
+    take_experts_apart(model, no_spelling)
+    names = [f"{e}.{linear}" for e in range(count) for linear in ("gate_proj", "up_proj", "down_proj")]
+    assert [name for name, module in experts.named_modules() if is_linear(module)] == names
+    for name in names:
+        expert, linear = name.split(".")
+        experts.get_submodule(name).weight = nn.Parameter(tensors[linear][int(expert)])
+    with torch.no_grad():
+        torch.testing.assert_close(experts(x, gammas), want)
+
+
+def test_uses_of_a_turned_stack_that_are_not_known() -> None:
+    experts = SharedExperts(2)
+    take_experts_apart(nn.ModuleDict({"shared_experts": experts}), no_spelling)
+    turned = experts.gate_proj.transpose(1, 2)
+    assert turned.shape == (2, 8, 6)
+    assert turned.transpose(1, 2).shape == (2, 6, 8)
+    with pytest.raises(UnsupportedError, match=r"transpose\(0, 1\)"):
+        experts.gate_proj.transpose(0, 1)
+    with pytest.raises(UnsupportedError, match="one matrix of the transposed stack"):
+        turned[0]
+    with pytest.raises(UnsupportedError, match="uses 'gate_proj' in a way that is not known here"):
+        torch.bmm(torch.zeros(3, 4, 8), turned)
 
 
 def stacked_tensors(folder: Path) -> dict[str, Tensor]:
@@ -346,7 +413,7 @@ def test_layouts_that_only_a_conversion_tells(
         path = f"model.layers.{number}."
         pair = [tensors.pop(f"{path}mlp.experts.{name}") for name in ("gate_up_proj", "down_proj")]
         tensors |= {path + name: tensor for name, tensor in change(*pair).items()}
-    monkeypatch.setattr(checkpoint_names, "get_model_conversion_mapping", lambda _module: rules)
+    monkeypatch.setattr(conversions, "get_model_conversion_mapping", lambda _module: rules)
     found = open_model(rewritten(folder, tmp_path / "model", tensors))
     monkeypatch.undo()
     reference = open_model(folder)
@@ -362,7 +429,7 @@ def test_conversions_of_experts_that_are_not_known(
 ) -> None:
     folder = model_folder("qwen3_moe", torch.float32)
     rules = [WeightConverter("mlp.experts.gate_up_proj", "mlp.experts.gate_up_proj", [PermuteForRope()])]
-    monkeypatch.setattr(checkpoint_names, "get_model_conversion_mapping", lambda _module: rules)
+    monkeypatch.setattr(conversions, "get_model_conversion_mapping", lambda _module: rules)
     stacked = rewritten(folder, tmp_path / "model", stacked_tensors(folder))
     with pytest.raises(UnsupportedError, match=r"transformers computes 'model\.layers\.0\.mlp\.experts\.gate_up_proj'"):
         open_model(stacked)
@@ -646,28 +713,11 @@ def test_biases_may_be_given_to_the_product() -> None:
     assert model.experts(x[:0], None, None).shape == (0, 12)
 
 
-def test_conversions_of_other_parameters_are_refused(tmp_path: Path) -> None:
+def test_conversions_of_other_parameters_are_refused(
+    model_folder: ModelFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Their values would be wrong if they were read as they are stored."""
-    from transformers import KimiLinearConfig
-
-    config = KimiLinearConfig(
-        pad_token_id=0,
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=40,
-        moe_intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        num_experts=4,
-        num_experts_per_token=2,
-        kv_lora_rank=16,
-        qk_nope_head_dim=8,
-        qk_rope_head_dim=8,
-        v_head_dim=8,
-        head_dim=8,
-        linear_head_dim=8,
-    )
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
-    with pytest.raises(UnsupportedError, match=r"transformers computes '.*conv1d\.weight' from '.*k_conv1d\.weight'"):
-        open_model(tmp_path / "model")
+    rules = [WeightConverter("self_attn.q_proj.weight", "self_attn.q_proj.weight", [PermuteForRope()])]
+    monkeypatch.setattr(conversions, "get_model_conversion_mapping", lambda _module: rules)
+    with pytest.raises(UnsupportedError, match=r"transformers computes 'model\.layers\.0\.self_attn\.q_proj\.weight'"):
+        open_model(model_folder("llama"))

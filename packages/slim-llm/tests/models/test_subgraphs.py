@@ -101,6 +101,8 @@ EXPECTED: dict[str, tuple[str, dict[str, Any], list[tuple[str, str, tuple[str, .
         [*PLAIN[1:], ("norm-linear", "post_attention_layernorm", ("mlp.c_fc",))],
         {"mlp.c_fc": GELU},
     ),
+    # Values are clipped, though not those of the sample.
+    "olmo": ("OlmoConfig", {"clip_qkv": 50.0}, [UP_DOWN], {"self_attn.v_proj": GELU}),
 }
 FAMILIES = list(EXPECTED)
 
@@ -156,6 +158,28 @@ def test_families(family: str, dtype: torch.dtype) -> None:
         assert reason in found.refused[prefix + name]
     plus_one = {graph.plus_one for graph in found.subgraphs if graph.type == "norm-linear"}
     assert plus_one <= {family.startswith("gemma")}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_halves_of_a_low_rank(dtype: torch.dtype) -> None:
+    """Gemma 3n has one beside the attention."""
+    settings = {"vocab_size_per_layer_input": 64, "hidden_size_per_layer_input": 8, "laurel_rank": 4}
+    settings |= {"num_kv_shared_layers": 0, "activation_sparsity_pattern": [0.0, 0.0]}
+    found, prefix = probe(tiny("Gemma3nTextConfig", settings, dtype), 1)
+    chained = [short(graph, prefix) for graph in found.subgraphs if graph.type == "linear-linear"]
+    assert chained == [("linear-linear", "laurel.linear_left", ("laurel.linear_right",))]
+
+
+def test_what_is_gated_before_it_is_read() -> None:
+    """A scale passes the gate of MiniMax's linear attention, a shift would not."""
+    settings = {"num_local_experts": 2, "layer_types": ["full_attention", "linear_attention"]}
+    found, prefix = probe(tiny("MiniMaxConfig", settings, torch.float32), 1)
+    (gated,) = [graph for graph in found.subgraphs if graph.type == "norm-linear"]
+    assert short(gated, prefix) == ("norm-linear", "self_attn.norm", ("self_attn.out_proj",))
+    assert not gated.direct
+    for config in ("LlamaConfig", "GPTNeoXConfig", "Qwen3MoeConfig"):
+        found, _ = probe(tiny(config, {}, torch.float32))
+        assert {graph.direct for graph in found.subgraphs if graph.type == "norm-linear"} == {True}
 
 
 def test_a_reader_that_is_no_matrix_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ from slim_core.checkpoint.source import TensorMeta, TensorSource
 __all__ = ["cut_stack", "is_transposed", "with_experts_apart"]
 
 # Rows of gate and up alternate in the fused tensor.
-_INTERLEAVED = frozenset({"gpt_oss"})
+_INTERLEAVED = frozenset({"gpt_oss", "inkling", "inkling2", "inkling2_text"})
 _GATE_UP = (("gate_proj", "up_proj"), ("w1", "w3"))
 _DOWN = (("down_proj",), ("w2",))
 # Ending of a stacked tensor's name and of its partner's, what stands for them in the names of single experts, and what
@@ -26,6 +26,9 @@ _KNOWN = (
     ("experts.down_proj", "experts.gate_up_proj", "experts", _DOWN),
     ("experts.down_proj", "experts.up_proj", "experts", _DOWN),
     ("experts.up_proj", "experts.down_proj", "experts", (("up_proj",),)),
+    ("experts.gate_proj", "experts.down_proj", "experts", (("gate_proj",),)),
+    ("experts.w13_weight", "experts.w2_weight", "experts", _GATE_UP),
+    ("experts.w2_weight", "experts.w13_weight", "experts", _DOWN),
     ("experts.fc1.weight", "experts.fc2.weight", "experts", _GATE_UP),
     ("experts.fc2.weight", "experts.fc1.weight", "experts", _DOWN),
     ("input_linear.weight", "output_linear.weight", "experts", _GATE_UP),

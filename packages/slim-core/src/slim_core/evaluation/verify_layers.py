@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -186,11 +187,23 @@ def check_fusions(contents: Contents, layers: Sequence[Layer], findings: Finding
                 findings.problem(parent, f"engines fuse these linears and need one type: {text}")
             elif len(present) > 1 and set(present.values()) <= _STATIC:
                 yield parent, list(present)
-    for parent, members in experts.items():
+    for parent, every in experts.items():
+        members = _of_whole_experts(every)
         if len(set(members.values())) > 1:
             first, other = _two_kinds(members)
             text = f"{first} is {members[first]}, {other} is {members[other]}"
             findings.problem(parent, f"all experts of a layer need one type: {text}")
+
+
+def _of_whole_experts(members: Mapping[str, str]) -> dict[str, str]:
+    """Kinds by linear, without the float linears of experts that lack others: identity experts, which have no weights,
+    have rows in the first of two stacks all the same.
+    """
+    leaves = Counter(prefix.rpartition(".")[0] for prefix in members)
+    most = max(leaves.values())
+    return {
+        prefix: kind for prefix, kind in members.items() if kind != FLOAT or leaves[prefix.rpartition(".")[0]] == most
+    }
 
 
 def _two_kinds(members: Mapping[str, str]) -> tuple[str, str]:

@@ -59,12 +59,13 @@ def take_stored_biases(
         tensor_name: turns a parameter name into the checkpoint's name for it.
         skip: tensors to leave alone.
     """
+    owned = {tensor_name(name) for name in root.state_dict(keep_vars=True)}
     for name, module in named_modules(root):
         weight = module._parameters.get("weight")  # pyright: ignore[reportPrivateUsage]
         if weight is None or module._parameters.get("bias") is not None:  # pyright: ignore[reportPrivateUsage]
             continue
         stored = tensor_name(f"{name}.weight").removesuffix("weight") + "bias"
-        if stored in source and stored not in skip:
+        if stored in source and stored not in skip and stored not in owned:
             expect_bias(module, name)
             empty = torch.empty(source.meta(stored).shape, dtype=weight.dtype, device="meta")
             module.register_parameter("bias", nn.Parameter(empty, requires_grad=False))

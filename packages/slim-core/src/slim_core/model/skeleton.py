@@ -6,7 +6,7 @@ Parameters are created on the ``meta`` device; buffers are real, because what a 
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+from collections.abc import Collection, Generator, Iterator
 from contextlib import contextmanager
 from math import prod
 from typing import Any, cast
@@ -88,17 +88,20 @@ def stand_in(root: nn.Module, name: str, module: nn.Module) -> nn.Module:
     return original
 
 
-def find_blocks(model: nn.Module) -> str:
+def find_blocks(model: nn.Module, aside: Collection[str] = ()) -> str:
     """Dotted name of the list of decoder blocks: the ``ModuleList`` that holds the most parameters.
 
     Lists inside another list (experts inside a block) do not count.
+
+    Args:
+        aside: modules that are known to hold no decoder blocks, such as the tower of another modality.
 
     Raises:
         InvalidModelError: the model has no such list.
     """
     candidates: dict[str, int] = {}
     for name, module in named_modules(model):
-        inside = any(name.startswith(f"{other}.") for other in candidates)
+        inside = any(name == other or name.startswith(f"{other}.") for other in (*candidates, *aside))
         if isinstance(module, nn.ModuleList) and len(module) and not inside:
             candidates[name] = sum(parameter.numel() for parameter in module.parameters())
     if not candidates or not max(candidates.values()):

@@ -6,7 +6,7 @@ nothing else of the model is in memory.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from copy import copy
 from dataclasses import dataclass, field, replace
@@ -21,6 +21,7 @@ from slim_core.checkpoint.source import TensorMeta, TensorSource
 from slim_core.errors import InvalidModelError, UnexpectedError
 from slim_core.model.attention import AttentionAccess, AttentionInfo, Tap
 from slim_core.model.biases import drop_bias, expect_bias
+from slim_core.model.linears import is_linear
 from slim_core.model.skeleton import find_blocks, named_modules
 
 __all__ = ["Addition", "LinearInfo", "StreamedModel", "Unit"]
@@ -85,6 +86,7 @@ class StreamedModel:
         tensor_name: turns a parameter name into the checkpoint's name for it, where the two differ.
         skip: checkpoint tensors that are not read through this model (those of quantized linears).
         attention: the attentions of the model and the way to their states; None if nobody knows.
+        joined: tensors of the source that are stored in parts, see :class:`JoinedSource`; the parts are written.
 
     Raises:
         InvalidModelError: a parameter has no tensor, or one of another shape.
@@ -98,6 +100,7 @@ class StreamedModel:
     tensor_name: Callable[[str], str] = str
     skip: frozenset[str] = frozenset()
     attention: AttentionAccess | None = None
+    joined: Mapping[str, tuple[str, ...]] = field(default_factory=dict[str, tuple[str, ...]])
     units: list[Unit] = field(default_factory=list[Unit], init=False)
 
     def __post_init__(self) -> None:
@@ -226,12 +229,13 @@ class StreamedModel:
             else:
                 before = bool(in_blocks) and position < in_blocks[0]
                 groups["prologue" if before else "epilogue"].append(name)
-        linears = self._linears(prefix)
+        linears = self._linears(prefix, set(ties.values()))
         written: set[str] = set()
         units: list[Unit] = []
         for number, (name, members) in enumerate(groups.items()):
             parameters = {member: self._names[member] for member in members if member in self._names}
-            tensors = {t: t for t in parameters.values() if t not in written}
+            parts = [part for t in parameters.values() for part in self.joined.get(t, (t,))]
+            tensors = {part: part for part in parts if part not in written}
             tensors |= {
                 alias: origin
                 for member in members
@@ -246,15 +250,24 @@ class StreamedModel:
             units.append(Unit("extra", None, {}, extra))
         return [unit for unit in units if unit.tensors or unit.parameters or unit.block is not None]
 
-    def _linears(self, prefix: str) -> dict[str, list[LinearInfo]]:
+    def _linears(self, prefix: str, tied: Collection[str]) -> dict[str, list[LinearInfo]]:
+        """The linears of every unit.
+
+        Args:
+            tied: tensors that several parameters share. Blocks that share a linear give it different inputs, and it
+                could not be quantized in one and stay float in the other, so it stays float.
+        """
         found: dict[str, list[LinearInfo]] = {}
         for name, module in named_modules(self.module):
             weight = f"{name}.weight"
-            if not isinstance(module, nn.Linear) or weight not in self._names:
+            # The format calls what it has of a linear <name>.weight, <name>.weight_scale and so on.
+            if weight not in self._names or not self.tensor_name(weight).endswith(".weight"):
                 continue
-            if type(module).forward is not nn.Linear.forward:  # does more than what would take its place, as routers do
+            if not isinstance(module, nn.Linear) or not is_linear(module):
                 continue
             in_block = name.startswith(prefix)
+            if in_block and self._names[weight] in tied:
+                continue
             unit = prefix + name.removeprefix(prefix).split(".", 1)[0] if in_block else "epilogue"
             found.setdefault(unit, []).append(
                 LinearInfo(

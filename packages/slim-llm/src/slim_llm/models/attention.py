@@ -22,7 +22,6 @@ from transformers.modeling_utils import AttentionInterface
 from slim_core.errors import SpecError
 from slim_core.model.attention import AttentionInfo, States, Tap
 from slim_core.model.skeleton import named_modules
-from slim_core.quantization.layers import SimulatedLinear
 from slim_llm.models.attention_info import describe_attention, takes_cache
 
 __all__ = ["Attentions"]
@@ -174,9 +173,8 @@ class _Watch:
     def _expansions(self, query: Tensor) -> tuple[Tensor, Tensor]:
         """``W_UK`` ``(heads, nope, latent)`` and ``W_UV`` ``(heads, value, latent)`` in the dtype of the query."""
         expand = cast(Any, self._module.kv_b_proj)
-        weight = expand.layer.dequantized() if isinstance(expand, SimulatedLinear) else expand.weight
         nope = cast(int, self._module.qk_nope_head_dim)
-        parts = weight.to(query).view(self.info.heads, -1, self.info.key_dim)
+        parts = expand.weight.to(query).view(self.info.heads, -1, self.info.key_dim)
         return parts[:, :nope], parts[:, nope:]
 
 

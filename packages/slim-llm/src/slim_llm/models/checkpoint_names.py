@@ -4,61 +4,28 @@ while it loads, as the tensors of single experts, or as parts of stacks of them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
 from torch import nn
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+from transformers.core_model_loading import dot_natural_key
 
+from slim_core.checkpoint.joined import JoinedSource
 from slim_core.checkpoint.sliced import Slice, SlicedSource
 from slim_core.checkpoint.source import TensorSource
 from slim_core.checkpoint.stacked import cut_stack
 from slim_core.errors import InvalidModelError, UnsupportedError
+from slim_core.model.linears import keep_float
+from slim_llm.models.conversions import Conversions, change_of, puts_side_by_side
 from slim_llm.models.expert_stacks import Stack
 from slim_llm.models.experts import ExpertsApart, experts_apart
 
-__all__ = ["expert_spelling", "locate"]
+__all__ = ["locate"]
 
+_NUMBER = re.compile(r"\d+")
 _MISSING = "a shard is missing, or the weights and config.json do not belong together"
-
-
-class _Conversions:
-    """The rules by which transformers turns stored tensors into the parameters of a model."""
-
-    def __init__(self, module: nn.Module) -> None:
-        rules: list[Any] = get_model_conversion_mapping(cast("Any", module))
-        self.renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
-        self.converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
-        self._by_pattern = {pattern: rule for rule in self.converters for pattern in rule.source_patterns}
-        self._prefix: str = getattr(module, "base_model_prefix", "")
-
-    def target(self, stored: str, state: dict[str, Any]) -> tuple[str, str | None]:
-        """The parameter that a stored tensor belongs to, and the pattern of the converter that takes it there."""
-        target, pattern = rename_source_key(stored, self.renamings, self.converters, self._prefix, state)
-        if target not in state and stored in state:
-            return rename_source_key(stored, [], [], self._prefix, state)
-        return target, pattern
-
-    def rule(self, pattern: str) -> Any:
-        return self._by_pattern[pattern]
-
-
-def expert_spelling(module: nn.Module) -> Callable[[str, int], Sequence[str] | None]:
-    """How the checkpoints of this model spell the linears of single experts: ``w1`` and ``w3``, for instance."""
-    converters = [rule for rule in _Conversions(module).converters if all("*" in p for p in rule.source_patterns)]
-    reverse = [(rule, rule.reverse_transform()) for rule in converters]
-
-    def spelling(parameter: str, count: int) -> Sequence[str] | None:
-        for rule, back in reverse:
-            names = [pattern.replace("\\", "").split(".")[-2:] for pattern in rule.source_patterns]
-            known = len(names) == count and all(name[1:] == ["weight"] for name in names)
-            if known and back.rename_source_key(parameter)[1] is not None:
-                return [name[0] for name in names]
-        return None
-
-    return spelling
 
 
 @dataclass(frozen=True)
@@ -110,8 +77,12 @@ class _Experts:
         return (count, out) if self.bias else (count, *matrix)
 
 
-def locate(module: nn.Module, source: TensorSource, where: str) -> tuple[TensorSource, dict[str, str]]:
-    """The checkpoint with stacked experts cut apart, and the stored name of every parameter that has another one.
+Location = tuple[TensorSource, dict[str, str], dict[str, tuple[str, ...]]]
+
+
+def locate(module: nn.Module, source: TensorSource, where: str) -> Location:
+    """The checkpoint with stacked experts cut apart, the stored name of every parameter that has another one, and the
+    parts of every parameter that is stored in parts, in order.
 
     Args:
         module: the model, its experts taken apart.
@@ -121,7 +92,7 @@ def locate(module: nn.Module, source: TensorSource, where: str) -> tuple[TensorS
         InvalidModelError: expert tensors are missing, too many, of another shape, or stored in two ways.
         UnsupportedError: the checkpoint stacks its experts in a way that is not known.
     """
-    conversions = _Conversions(module)
+    conversions = Conversions(module)
     found = {
         f"{path}.{parameter}": _Experts(path, experts, stack, parameter)
         for path, experts in experts_apart(module)
@@ -131,6 +102,7 @@ def locate(module: nn.Module, source: TensorSource, where: str) -> tuple[TensorS
     single = {part.name(part.path, *at): (part, at) for part in found.values() for at in part.wanted}
     state: dict[str, Any] = module.state_dict(keep_vars=True) | found
     names: dict[str, str] = {}
+    parts_of: dict[str, dict[int, str]] = {}
     for stored in sorted(source, key=dot_natural_key):
         target, pattern = conversions.target(stored, state)
         if target in found:
@@ -139,7 +111,13 @@ def locate(module: nn.Module, source: TensorSource, where: str) -> tuple[TensorS
             part, at = single[target]
             part.each[at] = stored
         elif pattern is not None and target in state:
-            raise _unknown(stored, target, conversions.rule(pattern), where)
+            rule = conversions.rule(pattern)
+            if not puts_side_by_side(rule):
+                raise _unknown(stored, target, rule, where)
+            numbered = "*" in pattern
+            at = int(_NUMBER.findall(stored)[-1]) if numbered else rule.source_patterns.index(pattern)
+            parts_of.setdefault(target, {} if numbered else dict.fromkeys(range(len(rule.source_patterns)), ""))
+            parts_of[target][at] = stored
         elif target != stored and target in state and target not in source:
             names[target] = stored
         elif target.removesuffix("_blocks") in found:
@@ -149,6 +127,12 @@ def locate(module: nn.Module, source: TensorSource, where: str) -> tuple[TensorS
                 remedy="start from a checkpoint with the experts in floating point",
             )
     _refuse_mixtures(found.values(), where)
+    joined = {
+        name: _all_parts(name, [parts.get(i, "") for i in range(max(parts) + 1)], where)
+        for name, parts in parts_of.items()
+    }
+    for name in joined:
+        keep_float(module.get_submodule(name.rpartition(".")[0]))
     slices: dict[str, Slice] = {}
     for path, _ in experts_apart(module):
         parts = [part for part in found.values() if part.path == path]
@@ -156,16 +140,28 @@ def locate(module: nn.Module, source: TensorSource, where: str) -> tuple[TensorS
             names |= _single(parts, where)
         elif any(part.stacked for part in parts):
             names |= _sliced(source, parts, slices, where)
-    return (SlicedSource(source, slices) if slices else source), names
+    source = SlicedSource(source, slices) if slices else source
+    return (JoinedSource(source, joined) if joined else source), names, joined
 
 
-def _note(part: _Experts, stored: str, pattern: str | None, conversions: _Conversions, where: str) -> None:
+def _all_parts(name: str, parts: Sequence[str], where: str) -> tuple[str, ...]:
+    if not all(parts):
+        raise InvalidModelError(
+            f"{parts.count('')} of the {len(parts)} tensors that make {name!r} are not in the checkpoint; there is "
+            f"{next(filter(None, parts))!r}",
+            where=where,
+            remedy=_MISSING,
+        )
+    return tuple(parts)
+
+
+def _note(part: _Experts, stored: str, pattern: str | None, conversions: Conversions, where: str) -> None:
     """Note that a stored tensor goes into a stacked parameter."""
     if pattern is None:
         part.stacked.append(_Stored(stored))
         return
     rule = conversions.rule(pattern)
-    changes = [_change(operation) for operation in rule.operations]
+    changes = [change_of(operation) for operation in rule.operations]
     position = rule.source_patterns.index(pattern)
     several = len(rule.source_patterns) > 1
     fits = not several or len(rule.source_patterns) == len(part.stack.linears)
@@ -186,22 +182,6 @@ def _unknown(stored: str, target: str, rule: Any, where: str) -> UnsupportedErro
         where=where,
         remedy="use a version of Slim that knows this family, or report it",
     )
-
-
-def _change(operation: Any) -> str:
-    """What an operation of a converter does to experts, as far as it is known."""
-    name, dim = type(operation).__name__, getattr(operation, "dim", None)
-    match name:
-        case "MergeModulelist" if dim == 0:
-            return "stack"
-        case "Concatenate" if dim == 1:
-            return "fuse"
-        case "Interleave" if dim == 1 and not operation.inverse:
-            return "alternate"
-        case "Transpose" if {operation.dim0, operation.dim1} == {1, 2}:
-            return "maybe turn" if operation.check_dims else "turn"
-        case _:
-            return name
 
 
 def _refuse_mixtures(found: Iterable[_Experts], where: str) -> None:
@@ -256,8 +236,7 @@ def _sliced(source: TensorSource, parts: list[_Experts], slices: dict[str, Slice
     for part in parts:
         stack = part.stack
         for stored in part.stacked:
-            prefix = stored.name.removesuffix(f".{part.parameter}")
-            prefix = part.path if prefix == stored.name else prefix
+            prefix = _experts_of(stored.name, part.path)
             positions = range(len(stack.linears)) if stored.position is None else [stored.position]
             linears = [stack.linears[position] for position in positions]
             interleaved = stack.interleaved is not ("alternate" in stored.changes)
@@ -268,6 +247,13 @@ def _sliced(source: TensorSource, parts: list[_Experts], slices: dict[str, Slice
                 for i in positions:
                     names[part.name(part.path, expert, i)] = part.name(prefix, expert, i)
     return names
+
+
+def _experts_of(stored: str, path: str) -> str:
+    """What the checkpoint calls the module that it keeps a stack of, as far as the stack's name shows it."""
+    leaf, pieces = path.rpartition(".")[2], stored.split(".")
+    depth = next((depth for depth in range(len(pieces) - 1, 0, -1) if pieces[depth - 1] == leaf), 0)
+    return ".".join(pieces[:depth]) or path
 
 
 def _check_stack(source: TensorSource, part: _Experts, stored: _Stored, where: str) -> None:

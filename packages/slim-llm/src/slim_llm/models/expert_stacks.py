@@ -98,10 +98,12 @@ class _StandIn:
 class Matrices(_StandIn):
     """Stands where a stacked parameter stood."""
 
-    def __init__(self, module: nn.Module, stack: Stack, only: int | None = None) -> None:
+    def __init__(self, module: nn.Module, stack: Stack, only: int | None = None, *, turned: bool = False) -> None:
         super().__init__(module, stack)
         self._only = only
-        self.shape = torch.Size(stack.shape if only is None else (1, *stack.shape[1:]))
+        self._turned = turned
+        count, *matrix = stack.shape
+        self.shape = torch.Size((count if only is None else 1, *(matrix[::-1] if turned else matrix)))
         self.dtype = stack.dtype
 
     def dim(self) -> int:
@@ -109,15 +111,33 @@ class Matrices(_StandIn):
 
     def only(self, expert: int) -> Matrices:
         """A stack of this expert alone."""
-        return Matrices(self._module, self._stack, expert)
+        return Matrices(self._module, self._stack, expert, turned=self._turned)
+
+    def transpose(self, dim0: int, dim1: int) -> Matrices:
+        """The stack with all its matrices transposed."""
+        if {dim0 % 3, dim1 % 3} != {1, 2}:
+            raise self._cannot(f"transpose({dim0}, {dim1})")
+        return Matrices(self._module, self._stack, self._only, turned=not self._turned)
 
     def __getitem__(self, expert: Any) -> _Matrix:
+        if self._turned:
+            raise self._cannot("one matrix of the transposed stack")
         return _Matrix(self._module, self._stack, int(expert))
 
     def _answer(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if func in _MATMULS and len(args) == 2 and args[1] is self and self._only is not None:
-            return self[self._only].multiply(args[0], transposed=True)
-        return None
+        if func not in _MATMULS or len(args) != 2 or args[1] is not self:
+            return None
+        if self._only is not None:
+            return self._matrix(self._only).multiply(args[0], transposed=not self._turned)
+        x = args[0]
+        if not isinstance(x, Tensor) or x.dim() != 3 or x.shape[0] != self.shape[0]:
+            return None
+        # Every expert is given all tokens, and its own: none is routed (shared experts).
+        parts = [self._matrix(expert).multiply(rows, transposed=not self._turned) for expert, rows in enumerate(x)]
+        return torch.stack(parts)
+
+    def _matrix(self, expert: int) -> _Matrix:
+        return _Matrix(self._module, self._stack, expert)
 
 
 class _Matrix(_StandIn):

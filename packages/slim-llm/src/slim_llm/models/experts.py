@@ -9,21 +9,21 @@ as the checkpoint and the engines name them, found by recipes, observed, quantiz
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from slim_core.checkpoint.stacked import is_transposed
 from slim_core.errors import UnsupportedError
+from slim_core.model.linears import keep_float
 from slim_core.model.skeleton import named_modules
 from slim_llm.models.expert_stacks import Biases, Matrices, Stack, run_expert_by_expert
 
-__all__ = ["ExpertsApart", "Router", "Spelling", "experts_apart", "find_experts", "take_experts_apart"]
+__all__ = ["ExpertsApart", "Spelling", "experts_apart", "find_experts", "take_experts_apart"]
 
 Spelling = Callable[[str, int], Sequence[str] | None]
 """Given the full name of a stacked parameter and how many linears are fused in it: what the checkpoint calls them."""
@@ -38,17 +38,6 @@ class ExpertsApart:
     stacks: tuple[Stack, ...]
 
 
-class Router(nn.Linear):
-    """A linear that decides which experts a token goes to, or how much it takes of them.
-
-    Engines want it in floating point, and a small error in it picks another expert. Having a forward of its own, it is
-    no linear that a recipe could name.
-    """
-
-    def forward(self, input: Tensor) -> Tensor:
-        return functional.linear(input, self.weight, self.bias)
-
-
 def take_experts_apart(model: nn.Module, spelling: Spelling) -> None:
     """Replace the stacked parameters of every experts module by linears on ``meta``, and mark the routers beside them.
 
@@ -59,8 +48,11 @@ def take_experts_apart(model: nn.Module, spelling: Spelling) -> None:
         found = find_experts(name, module, spelling)
         if found is not None:
             _take_apart(module, found)
-        if found is not None or (isinstance(module, nn.ModuleList) and name.endswith(".experts")):
-            _mark_routers(model.get_submodule(name.rpartition(".")[0]))
+        parent, _, leaf = name.rpartition(".")
+        if found is not None or leaf == "experts":
+            _mark_routers(model.get_submodule(parent), ("gate", "router"))
+        elif leaf.endswith("router"):
+            _mark_routers(module, ("",))
 
 
 def experts_apart(model: nn.Module) -> Iterator[tuple[str, ExpertsApart]]:
@@ -73,8 +65,9 @@ def experts_apart(model: nn.Module) -> Iterator[tuple[str, ExpertsApart]]:
 def find_experts(name: str, module: nn.Module, spelling: Spelling) -> ExpertsApart | None:
     """What the stacked parameters of a module mean, None if it is no module of stacked experts.
 
-    Known are a gated pair ``gate_up_proj`` and ``down_proj``, a plain pair ``up_proj`` and ``down_proj``, and a single
-    ``weight`` of a class of parallel experts. Which way round the matrices lie follows from their shapes.
+    Known are a gated pair ``gate_up_proj`` and ``down_proj``, a plain pair ``up_proj`` and ``down_proj``, also with a
+    ``gate_proj`` of its own, and a single ``weight`` of a class of parallel experts. Which way round the matrices lie
+    follows from their shapes.
 
     Raises:
         UnsupportedError: it holds stacked experts of another structure; says the class and the parameter.
@@ -111,8 +104,8 @@ def _linears(module: nn.Module, shapes: dict[str, _Shape]) -> dict[str, tuple[st
     match sorted(shapes):
         case ["down_proj", "gate_up_proj"]:
             return {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
-        case ["down_proj", "up_proj"] if "Experts" in cls:
-            return {"up_proj": ("up_proj",), "down_proj": ("down_proj",)}
+        case ["down_proj", "up_proj"] | ["down_proj", "gate_proj", "up_proj"] if "Experts" in cls:
+            return {key: (key,) for key in ("gate_proj", "up_proj", "down_proj") if key in shapes}
         case ["weight"] if "Experts" in cls and getattr(module, "num_experts", None) == shapes["weight"][0]:
             return {"weight": ("",)}
         case _:
@@ -125,7 +118,8 @@ def _is_turned(module: nn.Module, shapes: dict[str, _Shape]) -> bool | None:
     if "gate_up_proj" in shapes:
         turned = is_transposed(shapes["gate_up_proj"][1:], shapes["down_proj"][1:])
         return turned if said in (None, turned) else None
-    if "up_proj" in shapes and shapes["up_proj"][1:] != shapes["down_proj"][:0:-1]:
+    ways_in = [shapes[key] for key in ("gate_proj", "up_proj") if key in shapes]
+    if any(shape[1:] != shapes["down_proj"][:0:-1] for shape in ways_in):
         return None
     return bool(said)
 
@@ -197,10 +191,16 @@ def _class_apart(cls: type[nn.Module], *, swapped: bool) -> type[nn.Module]:
     return type(f"{cls.__name__}Apart", (_Apart, cls), {"forward": forward_in_turn if takes_all_tokens else forward})
 
 
-def _mark_routers(block: nn.Module) -> None:
-    """The routers among the linears of a mixture of experts, by what they are called."""
-    for name, module in named_modules(block):
+def _mark_routers(root: nn.Module, called: Collection[str]) -> None:
+    """Keep the routers among the linears of a mixture of experts as they are; known by what they are called.
+
+    Engines want them in floating point, and a small error in one picks another expert.
+
+    Args:
+        called: the name of a module, or of one that holds it, if it routes; an empty one stands for the root.
+    """
+    for name, module in named_modules(root):
         parts = name.split(".")
-        routes = not {"gate", "router"}.isdisjoint(parts) or parts[-1].endswith("_gate")
-        if routes and type(module) is nn.Linear:
-            module.__class__ = Router
+        routes = "" in called or not set(called).isdisjoint(parts) or parts[-1].endswith("_gate")
+        if routes and isinstance(module, nn.Linear):
+            keep_float(module)

@@ -11,10 +11,11 @@ import torch
 from slim_core.checkpoint.fp8_blocks import Fp8BlockSource, fp8_block_shape
 from slim_core.checkpoint.reader import Checkpoint
 from slim_core.checkpoint.source import TensorSource
-from slim_core.errors import InvalidModelError, SecurityError, UnsupportedError
+from slim_core.errors import InvalidModelError, UnsupportedError
 from slim_core.model.adapter import find_adapter
-from slim_core.model.skeleton import parameters_on_meta
+from slim_core.model.skeleton import find_blocks, named_modules, parameters_on_meta
 from slim_core.model.units import StreamedModel
+from slim_llm.models.own_code import failure_of_own_code, uses_own_code
 
 __all__ = ["is_causal_lm", "open_model", "open_skeleton", "open_tokenizer", "read_config"]
 
@@ -55,24 +56,20 @@ def open_skeleton(
     Experts that the class stacks into one parameter are taken apart into linears.
 
     Raises:
-        SecurityError: the model brings its own code and that is not trusted.
+        SecurityError: the model brings its own code and that is not trusted, or not in the folder.
         UnsupportedError: transformers does not know this ``model_type``, or its experts have an unknown structure.
-        InvalidModelError: the configuration does not make a model.
+        InvalidModelError: the configuration does not make a model, or the model's own code is missing or fails.
     """
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from slim_llm.models.checkpoint_names import expert_spelling
+    from slim_llm.models.conversions import expert_spelling
     from slim_llm.models.experts import take_experts_apart
 
     refusals = (ValueError, KeyError, TypeError, OSError, ImportError, AttributeError, RuntimeError, ZeroDivisionError)
-    if config.get("auto_map") and not trust_remote_code and not is_causal_lm(config):
-        raise SecurityError(
-            "this model needs Python code that ships with it",
-            where=str(folder / "config.json"),
-            remedy="read that code, then pass --trust_remote_code True",
-        )
-    if not config.get("auto_map") and not is_causal_lm(config):
+    known = is_causal_lm(config)
+    own_code = uses_own_code(folder, config, trusted=trust_remote_code, known=known)
+    if not known and not own_code:
         raise UnsupportedError(
             f"this transformers does not know model_type {config.get('model_type')!r}",
             where=str(folder / "config.json"),
@@ -85,7 +82,11 @@ def open_skeleton(
         dtype = parsed.dtype or default_dtype
         with parameters_on_meta():
             module = AutoModelForCausalLM.from_config(parsed, trust_remote_code=trust_remote_code, dtype=dtype)
-    except (*refusals, StrictDataclassError) as error:
+    except (Exception, SystemExit) as error:
+        if own_code:
+            raise failure_of_own_code(folder, error) from error
+        if not isinstance(error, (*refusals, StrictDataclassError)):
+            raise
         raise InvalidModelError(
             f"transformers cannot build the model: {type(error).__name__}: {error}",
             where=str(folder / "config.json"),
@@ -129,13 +130,33 @@ def open_model(folder: Path, *, trust_remote_code: bool = False) -> StreamedMode
         source = Fp8BlockSource(source, block)
     module = open_skeleton(folder, config, trust_remote_code=trust_remote_code, default_dtype=_main_dtype(source))
     adapter = find_adapter(str(config.get("model_type")))
-    source, names = locate(module, source, str(folder))
+    source, names, joined = locate(module, source, str(folder))
 
     def tensor_name(name: str) -> str:
         return names.get(name) or adapter.tensor_name(name)
 
     attention = Attentions(module, tensor_name)
-    return StreamedModel(module, source, folder, config, adapter.blocks, tensor_name, attention=attention)
+    blocks = adapter.blocks or _find_blocks(module)
+    return StreamedModel(module, source, folder, config, blocks, tensor_name, attention=attention, joined=joined)
+
+
+def _find_blocks(module: Any) -> str:
+    """The decoder blocks, not the larger list of them that the tower of another modality may have.
+
+    Towers are models of their own, built from another class of configuration than the text is.
+    """
+    from transformers import PreTrainedModel
+
+    text = {type(module.config), type(module.config.get_text_config(decoder=True))}
+    aside = [
+        name
+        for name, child in named_modules(module)
+        if name and isinstance(child, PreTrainedModel) and type(child.config) not in text
+    ]
+    try:
+        return find_blocks(module, aside)
+    except InvalidModelError:
+        return find_blocks(module)
 
 
 def _main_dtype(source: TensorSource) -> torch.dtype | None:
