@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from slim_core.checkpoint.reader import Checkpoint
 from slim_core.checkpoint.source import LazyTensor
 from slim_core.model.skeleton import parameters_on_meta
 from slim_core.model.suspended import BlockCall
-from slim_core.model.wide import hidden_of, widened, with_hidden
+from slim_core.model.wide import OnDemand, hidden_of, widened, with_hidden
 
 
 class Part(nn.Module):
@@ -23,11 +24,11 @@ class Part(nn.Module):
         self.first, self.second = nn.Linear(4, 6), nn.Linear(6, 3, bias=False)
         self.register_buffer("scale", torch.ones(3))
         self.register_buffer("steps", torch.tensor(5))
-        self.seen: list[tuple[str, str]] = []
+        self.seen: list[type[Tensor]] = []
 
     def forward(self, ids: Tensor) -> Tensor:
         h = self.first(self.embed(ids))
-        self.seen = [(p.weight.device.type, str(p.weight.dtype)) for p in (self.first, self.second)]
+        self.seen = [type(linear.weight) for linear in (self.first, self.second)]
         return self.second(h) * self.scale + self.steps
 
 
@@ -50,13 +51,32 @@ def test_what_it_computes(stored: dict[str, LazyTensor]) -> None:
     exact.load_state_dict({name: value.load() for name, value in stored.items()})
     before = dict(part.named_parameters()) | dict(part.named_buffers())
     ids = torch.arange(7)
-    for lazy in (True, False):
-        with widened(part, stored, lazy=lazy), torch.no_grad():
-            assert torch.equal(part(ids), exact(ids))
-            # No linear has its weight while another part of the model computes.
-            assert part.seen == [("meta" if lazy else "cpu", "torch.float32")] * 2
-        after = dict(part.named_parameters()) | dict(part.named_buffers())
-        assert all(after[name] is value for name, value in before.items())
+    with widened(part, stored), torch.no_grad():
+        assert torch.equal(part(ids), exact(ids))
+        assert part.seen == [OnDemand, OnDemand]  # no linear has its weight while another part of the model computes
+    after = dict(part.named_parameters()) | dict(part.named_buffers())
+    assert all(after[name] is value for name, value in before.items())
+
+
+def test_weights_that_are_used_without_a_call(stored: dict[str, LazyTensor]) -> None:
+    """As Mamba does. A matrix on meta would give numbers, but no product."""
+    part, exact = skeleton(), Part()
+    exact.load_state_dict({name: value.load() for name, value in stored.items()})
+    x = torch.randn(2, 6, generator=torch.Generator().manual_seed(0))
+    uses: list[Callable[[Tensor], Tensor]] = [
+        lambda w: x @ w.T,
+        lambda w: nn.functional.linear(x, w),
+        lambda w: torch.einsum("bi,oi->bo", x, w),
+        lambda w: x.to(w.device, w.dtype) @ w.float().transpose(0, 1),
+        lambda w: x @ w.detach().data.view(3, 6).t(),
+        lambda w: nn.functional.normalize(w),
+    ]
+    with widened(part, stored), torch.no_grad():
+        weight = part.second.weight
+        assert (weight.shape, weight.dtype, weight.ndim, weight.requires_grad) == ((3, 6), torch.float32, 2, False)
+        assert weight.device == torch.device("cpu")
+        for use in uses:
+            assert torch.equal(use(weight), use(exact.second.weight))
 
 
 def test_only_the_first_rows(stored: dict[str, LazyTensor]) -> None:

@@ -23,8 +23,8 @@ from slim_core.model.units import StreamedModel
 from slim_core.model.weights import UnitWeights
 from slim_core.processors.base import UnitWork, create_processor
 from slim_core.processors.searching import SearchingSmoother
+from slim_core.processors.smoothing import Smoother
 from slim_core.quantization.statistics import InputStatistics, Need
-from slim_core.quantization.statistics.inputs import SAMPLED_TOKENS
 from slim_core.recipe import ProcessorConfig, recipe_from_dict
 from slim_core.smoothing.scales import SmoothingNote
 from slim_core.smoothing.search import GRID, awq_scales, exponent_scale
@@ -276,7 +276,7 @@ class TestRequests:
         }
         assert all(Need.CHANNELS in needs for needs in wanted.values())
         assert set(wanted) == {*at("q", "k", "v", "o", "experts.0.down_proj")}
-        assert smoother.working_bytes(linears, {}) > 4 * SAMPLED_TOKENS * (2 * HIDDEN + WIDE)
+        assert smoother.working_bytes(linears, {}) > Smoother.working_bytes(smoother, linears, {})
 
     def test_of_many_experts_only_some_keep_tokens(self, bench: Bench) -> None:
         wanted = bench.smoother(MOE, **AWQ).requests([], {})
@@ -290,7 +290,8 @@ class TestRequests:
         smoother = bench.smoother(NORM, **config)
         linears = [info for unit in bench.model.units for info in unit.linears]
         assert set(smoother.requests(linears, {}).values()) == {frozenset({Need.CHANNELS})}
-        assert smoother.working_bytes(linears, {}) == 0
+        changed = [info for info in linears if info.name in at("q", "k", "v")]
+        assert smoother.working_bytes(linears, {}) == 4 * sum(info.in_features * info.out_features for info in changed)
 
 
 class TestChoice:

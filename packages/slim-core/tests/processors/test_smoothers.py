@@ -348,6 +348,24 @@ class TestWhichSubgraphs:
         assert "spec.process[0] smooths nothing" in planned(made, ITER | {"exclude": ["*"]}).warnings
         assert "spec.process[0] smooths nothing" in planned(made, ITER | {"enable_subgraph_type": []}).warnings
 
+    def test_the_plan_counts_what_is_smoothed(self, made: Made) -> None:
+        def told(process: dict[str, Any]) -> str:
+            (smoother,) = planned(made, process).processors
+            return smoother.summary()
+
+        assert told(ITER) == "iter_smooth: 4 norm-linear, 2 ov, 2 up-down smoothed"
+        only = {"include": [f"layers.0.{INPUT}", f"*{UP}"]}
+        assert told(SHIFT | only) == "iter_smooth: 1 norm-linear, 2 up-down smoothed, 1 norms shifted"
+        assert told(SMOOTH) == "smooth_quant: 4 norm-linear smoothed"
+        assert told(ITER | {"exclude": ["*"]}) == ""
+
+    def test_patterns_are_about_what_the_processor_smooths(self, made: Made) -> None:
+        told = planned(made, SMOOTH | {"exclude": ["*self_attn*"]}).warnings
+        assert [text for text in told if "exclude: pattern '*self_attn*' matches no source" in text]
+        told = planned(made, ITER | {"include": ["*layernorm"], "enable_subgraph_type": ["ov"]}).warnings
+        assert [text for text in told if f"e.g. layers.0.{V}, layers.1.{V}" in text]
+        assert "spec.process[0] smooths nothing" in told
+
     def test_experts_that_the_probe_did_not_reach_are_like_those_that_it_did(self, tmp_path: Path) -> None:
         made = make(tmp_path / "model", moe=True)
         reached = inputs_of(made.state, replace(made, inputs=made.inputs[:1]))

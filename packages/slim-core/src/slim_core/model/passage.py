@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from slim_core.checkpoint.source import LazyTensor
-from slim_core.errors import InvalidModelError
+from slim_core.errors import InvalidModelError, UnsupportedError
 from slim_core.model.residual import BlockTrial, Seen, watched
 from slim_core.model.skeleton import named_modules
 from slim_core.model.structure import kind_of
@@ -73,7 +73,8 @@ def pass_through(
         last: changes the hidden states that are handed on by the last block.
 
     Raises:
-        InvalidModelError: the model gives its blocks no hidden states, or returns no logits.
+        UnsupportedError: the model gives its blocks no hidden states.
+        InvalidModelError: it returns no logits.
     """
     found = Passage() if known is None else Passage(kinds=known.kinds, shells=known.shells)
     blocks = [unit for unit in model.units if unit.block is not None]
@@ -92,7 +93,11 @@ def pass_through(
             call = forward.call(0)
             hidden = hidden_of(call)
             if hidden is None or hidden.dim() != 3:
-                raise InvalidModelError("is not called with hidden states first", where=unit.name)
+                given = "no tensor" if hidden is None else f"a tensor of shape {list(hidden.shape)}"
+                raise UnsupportedError(
+                    f"it is called with {given} where hidden states (batch, tokens, channels) were expected",
+                    where=unit.name,
+                )
             if unit is blocks[0]:
                 found.first = hidden
             if known is None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from slim_core.model.skeleton import named_modules
 from slim_core.model.subgraphs import PRIORITY, Subgraph, candidates, is_norm
 
-__all__ = ["BlockProbe", "Findings", "changed"]
+__all__ = ["BlockProbe", "Findings", "changed", "enlarging"]
 
 _TOKENS = 64
 _FACTORS = torch.tensor([0.25, 0.5, 1.0, 2.0, 4.0])
@@ -53,7 +53,8 @@ class BlockProbe:
         self._block = block
         self._run = run
         self._readers = dict(matrices(root, block))
-        self._output, self._inputs = self._forward(self._readers)
+        with self._outputs_watched() as self._made:
+            self._output, self._inputs = self._forward(self._readers)
         self._generator = torch.Generator().manual_seed(0)
 
     def _scale_of(self, size: int) -> Tensor:
@@ -83,10 +84,30 @@ class BlockProbe:
                 found.refused[options[0].source] = "it did not run"
             else:
                 found.subgraphs.append(options[number])
+        self._chained(found)
         for name, module in named_modules(self._root.get_submodule(self._block)):
             if is_norm(module):
                 self._norm(f"{self._block}.{name}", module, found)
         return found.sorted()
+
+    def _chained(self, found: Findings) -> None:
+        """Linears whose output others are given as it is, such as the halves of a low rank."""
+        known = {*found.refused, *(graph.source for graph in found.subgraphs)}
+        linears = {name for name, module in self._readers.items() if isinstance(module, nn.Linear)}
+        readers: dict[str, list[str]] = {}
+        for reader in self._inputs.keys() & linears:
+            x = self._inputs[reader]
+            sources = (self._made.keys() & linears) - known - {reader}
+            source = next((one for one in sorted(sources) if bool(x.any()) and torch.equal(self._made[one], x)), None)
+            if source is not None:
+                readers.setdefault(source, []).append(reader)
+        for source, targets in sorted(readers.items()):
+            channels = torch.arange(_width(self._readers[targets[0]]))
+            graph = Subgraph("linear-linear", source, tuple(sorted(targets)), channels, channels)
+            if self.holds(graph):
+                found.subgraphs.append(graph)
+            else:
+                found.refused[source] = f"something besides {', '.join(graph.targets[:4])} reads its output"
 
     def _norm(self, name: str, norm: nn.Module, found: Findings) -> None:
         for plus_one in (False, True):
@@ -96,7 +117,7 @@ class BlockProbe:
             width = norm.get_parameter("weight").shape[0]
             graph = Subgraph("norm-linear", name, tuple(readers), torch.arange(width), plus_one=plus_one)
             if self.holds(graph):
-                found.subgraphs.append(graph)
+                found.subgraphs.append(replace(graph, direct=self._is_direct(graph)))
             else:
                 found.refused[name] = f"something besides {', '.join(readers[:4])} reads its output"
             return
@@ -109,6 +130,37 @@ class BlockProbe:
             _, after = self._forward({reader: m for reader, m in self._readers.items() if _width(m) == width})
         direct = [reader for reader, x in after.items() if self._is_scaled(reader, x, scale)]
         return direct + self._experts(direct) if direct else []
+
+    def _is_direct(self, graph: Subgraph) -> bool:
+        """Whether the targets are given the output of the norm, and nothing lies in between."""
+        made = self._made.get(graph.source)
+        inputs = [x for target in graph.targets if (x := self._inputs.get(target)) is not None and len(x)]
+        return made is not None and all(torch.equal(x, made) or _rows_of(x, made) for x in inputs)
+
+    @contextmanager
+    def _outputs_watched(self) -> Generator[dict[str, Tensor]]:
+        """Within this context the first tokens of outputs are kept, of norms and matrices that are given one tensor.
+
+        A second one is a gate, and whether a bias is added before or after it is not the same for all.
+        """
+        made: dict[str, Tensor] = {}
+
+        def hook(name: str) -> Callable[..., None]:
+            def keep(_module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object], output: object) -> None:
+                given = sum(isinstance(one, Tensor) for one in (*args, *kwargs.values()))
+                if given == 1 and isinstance(output, Tensor):
+                    made[name] = output.detach().reshape(-1, output.shape[-1])[:_TOKENS].float().cpu()
+
+            return keep
+
+        block = named_modules(self._root.get_submodule(self._block))
+        watched = {f"{self._block}.{name}": module for name, module in block if is_norm(module)} | self._readers
+        handles = [module.register_forward_hook(hook(name), with_kwargs=True) for name, module in watched.items()]
+        try:
+            yield made
+        finally:
+            for handle in handles:
+                handle.remove()
 
     def _is_scaled(self, reader: str, x: Tensor, scale: Tensor) -> bool:
         before = self._inputs.get(reader)
@@ -136,17 +188,24 @@ class BlockProbe:
     def holds(self, graph: Subgraph) -> bool:
         """Whether the block computes the same with random scales moved from the source to the targets.
 
-        The measure is what the scaled source does to the output when the targets are left as they are.
+        The measure is what the scaled source does to the output when the targets are left as they are. What comes out
+        of a linear is also enlarged as a whole, since it may be clipped where this sample does not reach.
         """
         scale = self._scale_of(graph.scales)
         with self._changed(self._divided(graph, scale)):
             alone, _ = self._forward({})
         effect = float((alone - self._output).abs().max())
+        rounded = graph.plus_one and self._output_dtype != torch.float32
+        limit = (_TOLERANCE_OF_ROUNDED if rounded else _TOLERANCE) * effect
+        if not (effect > 0 and self._left(graph, scale) <= limit):
+            return False
+        return graph.rows is None or self._left(graph, enlarging(graph.scales, self._output_dtype)) <= limit
+
+    def _left(self, graph: Subgraph, scale: Tensor) -> float:
+        """How much the output changes when a scale moves from the source to the targets."""
         with self._changed(self._multiplied(graph, scale) | self._divided(graph, scale)):
             output, _ = self._forward({})
-        left = float((output - self._output).abs().max())
-        rounded = graph.plus_one and self._output_dtype != torch.float32
-        return effect > 0 and left <= (_TOLERANCE_OF_ROUNDED if rounded else _TOLERANCE) * effect
+        return float((output - self._output).abs().max())
 
     def _multiplied(self, graph: Subgraph, scale: Tensor) -> dict[str, Tensor]:
         changes: dict[str, Tensor] = {}
@@ -194,6 +253,11 @@ class BlockProbe:
                 handle.remove()
         self._output_dtype = output.dtype
         return output.detach().reshape(-1, output.shape[-1]).float(), inputs
+
+
+def enlarging(size: int, dtype: torch.dtype) -> Tensor:
+    """Equal scales that make what is divided by them far larger, as far as the dtype bears it."""
+    return torch.full((size,), 2.0**-4 if dtype == torch.float16 else 2.0**-8)
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from slim_core.errors import SpecError
 from slim_core.model.attention import AttentionInfo
-from slim_core.model.probing import changed
+from slim_core.model.probing import changed, enlarging
 from slim_core.model.units import StreamedModel
 
 __all__ = ["KeyFindings", "QueryKey", "Side", "find_query_key", "query_key_candidates"]
@@ -236,8 +236,11 @@ class _Probe:
             return replace(side, plus_one=bool(norm(x.to(weight.dtype)).any()))
 
     def holds(self, place: QueryKey) -> bool:
-        """Whether random scales change the keys as they should, and nothing else."""
-        return all(self._holds_for(place, self._scale_of(place.scales)) for _ in range(_DRAWS))
+        """Whether random scales change the keys as they should, and nothing else, and so do large ones."""
+        random = (self._scale_of(place.scales) for _ in range(_DRAWS))
+        return all(self._holds_for(place, scale) for scale in random) and self._holds_for(
+            place, enlarging(place.scales, self._output.dtype)
+        )
 
     def _scale_of(self, size: int) -> Tensor:
         return _FACTORS[torch.randint(len(_FACTORS), (size,), generator=self._generator)]

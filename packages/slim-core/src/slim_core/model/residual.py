@@ -122,7 +122,6 @@ class BlockTrial:
         self.width = shape[-1]
         self._run = run
         self._shape = shape
-        self._lazy = True
         self.draw(0)
 
     def draw(self, seed: int) -> None:
@@ -148,20 +147,14 @@ class BlockTrial:
         """
         given = self.hidden if hidden is None else hidden
         factors = dict.fromkeys(silenced, 0.0) | dict.fromkeys(doubled, 2.0)
-        try:
-            output = self._output(given, values or self.values, factors, seen)
-        except (RuntimeError, NotImplementedError) as error:
-            if not self._lazy or "meta" not in str(error):
-                raise
-            self._lazy = False  # a weight is used without its module being called
-            output = self._output(given, values or self.values, factors, seen)
+        output = self._output(given, values or self.values, factors, seen)
         return (output - given).reshape(-1, self.width)
 
     def _output(
         self, hidden: Tensor, values: Mapping[str, LazyTensor], factors: Mapping[str, float], seen: Seen | None
     ) -> Tensor:
         with (
-            widened(self.root, values, lazy=self._lazy),
+            widened(self.root, values),
             _scaled(self.root, factors),
             watched(self._watchable(), seen),
         ):

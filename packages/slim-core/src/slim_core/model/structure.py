@@ -7,7 +7,8 @@ made, which is as good: proofs hold for whatever hidden states a block is given.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -22,6 +23,8 @@ from slim_core.model.suspended import SuspendedForward
 from slim_core.model.units import StreamedModel, Unit
 
 __all__ = ["Structure", "discover", "kind_of"]
+
+_SHARED = "other layers have the same weights"
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,27 @@ class Structure:
     def refused(self) -> dict[str, str]:
         """Source to the reason why it is in no subgraph."""
         return {source: reason for found in self.findings.values() for source, reason in found.refused.items()}
+
+    def unshared(self, model: StreamedModel) -> Structure:
+        """The same without what would rescale weights that another unit has too, each by scales of its own."""
+        uses = Counter(stored for unit in model.units for stored in set(unit.parameters.values()))
+        findings, keys = dict(self.findings), dict(self.keys)
+        for unit in model.units:
+            shared = {parameter for parameter, stored in unit.parameters.items() if uses[stored] > 1}
+            if not shared or unit.name not in findings:
+                continue
+
+            def touches(*modules: str, shared: Collection[str] = shared) -> bool:
+                return any(f"{module}.weight" in shared for module in modules)
+
+            found, places = findings[unit.name], keys.get(unit.name, KeyFindings())
+            left = {one.source: _SHARED for one in found.subgraphs if touches(one.source, *one.targets)}
+            kept = [one for one in found.subgraphs if one.source not in left]
+            findings[unit.name] = Findings(kept, found.refused | left)
+            odd = {one.attention: _SHARED for one in places.found if touches(one.key.module, one.query.module)}
+            others = [one for one in places.found if one.attention not in odd]
+            keys[unit.name] = KeyFindings(others, places.refused | odd)
+        return Structure(findings, keys)
 
 
 def discover(

@@ -50,6 +50,8 @@ class Subgraph:
         rows: int64 ``(scales,)``: the row of the source's weight that each scale divides; None if it is a norm.
         plus_one: the norm multiplies by ``1 + weight``.
         head_dim: of ``ov``, how many scales belong to a head.
+        direct: of ``norm-linear``, whether targets are given what the norm makes as it is, so that it may also be
+            shifted; a gate in between lets scales pass, but no shift.
     """
 
     type: str
@@ -59,6 +61,7 @@ class Subgraph:
     rows: Tensor | None = None
     plus_one: bool = False
     head_dim: int = 0
+    direct: bool = False
 
     @property
     def scales(self) -> int:

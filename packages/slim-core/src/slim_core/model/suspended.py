@@ -120,6 +120,11 @@ class SuspendedForward:
         del call
         self._take(sample, self._runs[sample].switch(output), expected)
 
+    def abandon(self, sample: int) -> None:
+        """End the forward of a sample where it is suspended."""
+        self._calls[sample] = None
+        self._runs[sample].throw(greenlet.GreenletExit)
+
     def compute(self, call: BlockCall) -> Any:
         """The output of the real block for a call, with whatever weights the block has now."""
         block = self._blocks[call.block]

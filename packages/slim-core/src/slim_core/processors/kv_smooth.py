@@ -89,6 +89,10 @@ class KVSmooth(Processor):
         if not any(self._places.values()):
             self._notes.append(f"spec.{self.position} smooths nothing")
 
+    def summary(self) -> str:
+        count = len(self._all())
+        return f"{self.config.type}: keys of {count} attentions smoothed" if count else ""
+
     def notes(self) -> list[str]:
         return self._notes
 

@@ -15,7 +15,6 @@ from slim_core.processors.base import Assignment, UnitWork
 from slim_core.processors.smoothing import Smoother, is_routed
 from slim_core.quantization.kinds import LayerForm
 from slim_core.quantization.statistics import InputStatistics, Need
-from slim_core.quantization.statistics.inputs import SAMPLED_TOKENS
 from slim_core.smoothing.search import Evidence, WeightSample, working_bytes
 
 __all__ = ["SearchingSmoother"]
@@ -43,7 +42,7 @@ class SearchingSmoother(Smoother):
     def working_bytes(self, linears: Sequence[LinearInfo], assignments: Mapping[str, Assignment]) -> int:
         sampled = self._sampled()
         widths = [info.in_features for info in linears if info.name in sampled]
-        return 4 * SAMPLED_TOKENS * sum(widths) + working_bytes(max(widths)) if widths else 0
+        return super().working_bytes(linears, assignments) + (working_bytes(max(widths)) if widths else 0)
 
     def _sampled(self) -> set[str]:
         """The linears whose tokens are kept: one that sees all of a subgraph's, or else some of the experts."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from typing import Literal
 
 from pydantic import Field
@@ -30,10 +29,7 @@ class SmoothQuant(Smoother):
 
     Config = SmoothQuantConfig
     config: SmoothQuantConfig
-
-    @property
-    def types(self) -> Collection[str]:
-        return ("norm-linear",)
+    kinds = ("norm-linear",)
 
     @property
     def shifts(self) -> bool:

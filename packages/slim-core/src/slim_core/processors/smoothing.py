@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
@@ -53,6 +54,8 @@ class Smoother(Processor, ABC):
     config: Any
     needs: ClassVar[frozenset[Need]] = frozenset({Need.CHANNELS})
     """What must be known of the inputs of the targets."""
+    kinds: ClassVar[tuple[str, ...]] = SUBGRAPH_TYPES
+    """The types of subgraphs that it can smooth. A model without any of them is refused."""
 
     def __init__(self, config: Any, position: str) -> None:
         super().__init__(config, position)
@@ -65,7 +68,7 @@ class Smoother(Processor, ABC):
     @property
     def types(self) -> Collection[str]:
         """The types of subgraphs that it smooths."""
-        return getattr(self.config, "enable_subgraph_type", SUBGRAPH_TYPES)
+        return getattr(self.config, "enable_subgraph_type", self.kinds)
 
     @property
     def shifts(self) -> bool:
@@ -82,31 +85,39 @@ class Smoother(Processor, ABC):
 
     def adopt(self, structure: Structure, model: StreamedModel) -> None:
         chosen = NameFilter(self.config.include, self.config.exclude)
-        known = structure.subgraphs()
-        self._graphs = {
-            unit: [g for g in found.subgraphs if g.type in self.types and chosen.matches(g.source)]
-            for unit, found in structure.findings.items()
-        }
-        self._note(structure, chosen)
-        if not known:
-            raise UnsupportedError(
-                "no subgraph of this model can be smoothed",
-                where=f"spec.{self.position}",
-                remedy="leave this processor out; the reasons: " + _some(structure.refused()),
-            )
         self._linears = {info.name: info for unit in model.units for info in unit.linears}
+        self._model_dtype = model.dtype
         self._parameters = {name for unit in model.units for name in unit.parameters}
         self._latent = {info.name for unit in model.units for info in unit.attentions if info.latent}
+        # Nothing is observed of what only routers and the like read.
+        known = {
+            unit: [g for g in found.subgraphs if not self._linears.keys().isdisjoint(g.targets)]
+            for unit, found in structure.findings.items()
+        }
+        self._graphs = {
+            unit: [g for g in graphs if g.type in self.types and chosen.matches(g.source)]
+            for unit, graphs in known.items()
+        }
+        every = [graph for graphs in known.values() for graph in graphs]
+        self._note(structure, chosen, [graph.source for graph in every if graph.type in self.types])
+        if not any(graph.type in self.kinds for graph in every):
+            only = "" if self.kinds == SUBGRAPH_TYPES else f" of type {', '.join(self.kinds)}"
+            refused = structure.refused()
+            raise UnsupportedError(
+                f"no subgraph{only} of this model can be smoothed"
+                + (f": {_some(refused)}" if refused else ", because none was found"),
+                where=f"spec.{self.position}",
+                remedy="leave this processor out",
+            )
         self._widths = {g.source: len(g.columns) for graphs in self._graphs.values() for g in graphs}
         if self.shifts:
             self._choose_shifts()
 
-    def _note(self, structure: Structure, chosen: NameFilter) -> None:
-        sources = [g.source for g in structure.subgraphs()]
+    def _note(self, structure: Structure, chosen: NameFilter, sources: Sequence[str]) -> None:
         for side, pattern in chosen.unmatched(sources):
             self._notes.append(
                 f"spec.{self.position}.{side}: pattern {pattern!r} matches no source of a subgraph; sources are norms, "
-                "v_proj and up_proj, e.g. " + ", ".join(sources[:3])
+                "v_proj and up_proj" + (", e.g. " if sources else "") + ", ".join(sources[:3])
             )
         refused = {s: reason for s, reason in structure.refused().items() if chosen.matches(s)}
         if refused:
@@ -115,28 +126,42 @@ class Smoother(Processor, ABC):
             self._notes.append(f"spec.{self.position} smooths nothing")
 
     def _choose_shifts(self) -> None:
-        """The norms that are shifted: those whose readers can all take a bias.
+        """The norms that are shifted: those whose readers are given their output as it is, and can all take a bias.
 
         Routers cannot; nor can the expansion of a latent, which engines take apart without it.
         """
         left: dict[str, str] = {}
+        changed: list[str] = []
         for graph in (graph for graphs in self._graphs.values() for graph in graphs if graph.type == "norm-linear"):
             odd = next((one for one in graph.targets if one not in self._linears or self._latent_of(one)), None)
-            if odd is None:
-                self._shifted.add(graph.source)
-            else:
+            if odd is not None:
                 left[graph.source] = odd
+            elif not graph.direct:
+                changed.append(graph.source)
+            else:
+                self._shifted.add(graph.source)
         if left:
             source, reader = next(iter(left.items()))
             self._notes.append(
                 f"spec.{self.position}: {len(left)} norms are not shifted, because something that reads them has no "
                 f"place for a bias, e.g. {reader} behind {source}"
             )
+        if changed:
+            self._notes.append(
+                f"spec.{self.position}: {len(changed)} norms are not shifted, because their output is gated before "
+                f"anything reads it, e.g. {changed[0]}"
+            )
 
     def _latent_of(self, linear: str) -> str | None:
         """The attention that caches the input of this linear as its keys and values."""
         attention, _, leaf = linear.rpartition(".")
         return attention if leaf == "kv_b_proj" and attention in self._latent else None
+
+    def summary(self) -> str:
+        counts = Counter(graph.type for graphs in self._graphs.values() for graph in graphs)
+        parts = [f"{counts[name]} {name}" for name in SUBGRAPH_TYPES if counts[name]]
+        shifted = f", {len(self._shifted)} norms shifted" if self._shifted else ""
+        return f"{self.config.type}: {', '.join(parts)} smoothed{shifted}" if parts else ""
 
     def notes(self) -> list[str]:
         return self._notes
@@ -170,6 +195,13 @@ class Smoother(Processor, ABC):
                         for target in graph.targets
                     ]
         return [addition for addition in wanted if addition.parameter not in self._parameters]
+
+    def working_bytes(self, linears: Sequence[LinearInfo], assignments: Mapping[str, Assignment]) -> int:
+        """The copies of the weights that change."""
+        graphs = [graph for graphs in self._graphs.values() for graph in graphs]
+        changed = {name for graph in graphs for name in (graph.source, *graph.targets)}
+        itemsize = (self._model_dtype or torch.float32).itemsize
+        return itemsize * sum(info.in_features * info.out_features for info in linears if info.name in changed)
 
     def process(self, work: UnitWork) -> None:
         skipped: dict[str, list[str]] = {}
@@ -249,4 +281,4 @@ def carry_out(smoothing: Smoothing, work: UnitWork) -> Smoothing:
 
 def _some(reasons: Mapping[str, str]) -> str:
     listed = [f"{source}: {reason}" for source, reason in list(reasons.items())[:3]]
-    return "; ".join(listed) + ("; ..." if len(reasons) > len(listed) else "") if listed else "none were found"
+    return "; ".join(listed) + ("; ..." if len(reasons) > len(listed) else "")

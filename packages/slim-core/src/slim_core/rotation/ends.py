@@ -89,7 +89,7 @@ def _final_norm(model: StreamedModel, passage: Passage, name: str) -> Subgraph:
         if isinstance(model.module.get_submodule(other), nn.Linear) and _equal(x, outputs[name])
     ]
     if not readers:
-        raise UnsupportedError("no linear was found to read its output", where=name)
+        raise UnsupportedError("no linear was found that is given its output as it is", where=name)
     return Subgraph("norm-linear", name, tuple(readers), torch.arange(width), plus_one=defects[False] is not None)
 
 

@@ -87,7 +87,12 @@ def rotate_model(
         UnsupportedError: the model cannot be rotated; says what stands in the way.
         InvalidModelError: it does not run its blocks once each, in order.
     """
-    return _Rotator(model, structure, block_size, online, where).run(example)
+    try:
+        return _Rotator(model, structure, block_size, online, where).run(example)
+    except UnsupportedError as error:
+        if error.remedy:
+            raise
+        raise UnsupportedError(error.what, where=error.where, remedy=_ADVICE) from error
 
 
 class _Rotator:
