@@ -15,6 +15,7 @@ go through the tokenizer's chat template. An object with none of these is used a
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -28,11 +29,12 @@ from slim_core.logging import get_logger
 from slim_core.recipe import DatasetConfig
 from slim_llm.resources import CALIBRATION_FOLDER
 
-__all__ = ["TextSample", "find_dataset", "read_samples", "tokenize"]
+__all__ = ["TextSample", "find_dataset", "read_samples", "tokenize", "tokenize_extra"]
 
 _logger = get_logger(__name__)
 _TEXT_KEYS = ("inputs_pretokenized", "text", "prompt")
 _MAX_BYTES = 4 << 30
+_TAKEN, _CANDIDATES = 16, 1024
 
 
 @dataclass(frozen=True)
@@ -170,10 +172,45 @@ def tokenize(
     Raises:
         InvalidDatasetError: a sample has no tokens, or the chat template refuses a conversation.
     """
+    return _batches(_ids_of(samples[: dataset.num_samples], tokenizer, dataset, max_positions), dataset.batch_size)
+
+
+def tokenize_extra(
+    samples: list[TextSample],
+    tokenizer: Any,
+    dataset: DatasetConfig,
+    max_positions: int | None,
+    main: list[dict[str, Any]],
+) -> list[dict[str, Any]]:
+    """:func:`tokenize` for extra samples: those beyond ``dataset.num_samples``, in the order of the file, that fit into
+    ``dataset.extra_share`` times the tokens of the main ones.
+
+    Args:
+        main: what :func:`tokenize` made.
+
+    Raises:
+        InvalidDatasetError: as there.
+    """
+    start = len(samples) if dataset.num_samples is None else dataset.num_samples
+    budget = math.floor(dataset.extra_share * sum(given["input_ids"].numel() for given in main))
+    fitting: list[list[int]] = []
+    for first in range(start, len(samples), _TAKEN):  # a long file is not tokenized beyond what is needed
+        for ids in _ids_of(samples[first : first + _TAKEN], tokenizer, dataset, max_positions):
+            if len(ids) <= budget:
+                fitting.append(ids)
+                budget -= len(ids)
+        if not budget or first - start >= _CANDIDATES:
+            break
+    return _batches(fitting, dataset.batch_size)
+
+
+def _ids_of(
+    samples: list[TextSample], tokenizer: Any, dataset: DatasetConfig, max_positions: int | None
+) -> list[list[int]]:
     limit = min(filter(None, (dataset.max_length, max_positions)), default=None)
     encoded: list[list[int]] = []
     too_long = 0
-    for sample in samples[: dataset.num_samples]:
+    for sample in samples:
         ids = _encode(sample, tokenizer)
         if not ids:
             raise InvalidDatasetError(
@@ -183,11 +220,15 @@ def tokenize(
         encoded.append(ids[:limit])
     if too_long:
         _logger.warning("%d calibration samples were cut to the model's %s positions", too_long, max_positions)
+    return encoded
+
+
+def _batches(encoded: list[list[int]], batch_size: int) -> list[dict[str, Any]]:
     batches: list[list[list[int]]] = []
     open_batch: dict[int, list[list[int]]] = {}
     for ids in encoded:
         batch = open_batch.get(len(ids))
-        if batch is None or len(batch) >= dataset.batch_size:
+        if batch is None or len(batch) >= batch_size:
             batch = open_batch[len(ids)] = []
             batches.append(batch)
         batch.append(ids)

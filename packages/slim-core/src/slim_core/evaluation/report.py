@@ -10,8 +10,10 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from slim_core.evaluation.report_data import LinearRow, ReportData, collect, role
+from slim_core.evaluation.report_data import AttentionRow, LinearRow, ReportData, collect, role
+from slim_core.evaluation.report_experts import LEGEND, draw_map
 from slim_core.evaluation.report_plots import MAX_LINES, draw_plots
+from slim_core.processors.base import Assignment, AttentionAssignment
 from slim_core.runners.plan import Plan
 from slim_core.runners.run import RunResult
 from slim_core.savers.side_files import write_text
@@ -68,6 +70,10 @@ def _page(data: ReportData) -> str:
         smoothed=_smoothed(data),
         smoothing=[note for note in data.smoothing if note.skipped is None][:_LISTED],
         unsmoothed=_unsmoothed(data),
+        expert_map=Markup(draw_map(data.experts)),
+        expert_colors=LEGEND,
+        starved=[(layer.name, expert) for layer in data.experts for expert in layer.starved][:_LISTED],
+        all_starved=sum(len(layer.starved) for layer in data.experts),
         any_range=any(row.low is not None for row in data.linears),
         max_lines=MAX_LINES,
         all_lines=len({row.leaf for row in data.worst}),
@@ -149,17 +155,17 @@ def _unsmoothed(data: ReportData) -> dict[str, list[str]]:
 
 def _debug_info(data: ReportData, plan: Plan) -> dict[str, Any]:
     """Every layer with its statistics, and the configuration of the processor that made it."""
-    processors = {processor.position: processor.config for processor in plan.processors}
-    layers: dict[str, Any] = {}
-    for row in data.linears:
-        assignment = plan.assignments.get(row.name)
-        config = processors.get(assignment.position) if assignment else None
-        scheme = getattr(config, "qconfig", None)
-        layers[row.name] = {
-            **asdict(row),
-            "processor": assignment.position if assignment else None,
-            "scheme": scheme.model_dump(mode="json") if scheme is not None else None,
-        }
-    attentions = {row.name: asdict(row) for row in data.attentions}
+    schemes = {
+        position: scheme.model_dump(mode="json")
+        for processor in plan.processors
+        for position, scheme in processor.schemes().items()
+    }
+
+    def told(row: LinearRow | AttentionRow, assignment: Assignment | AttentionAssignment | None) -> dict[str, Any]:
+        position = assignment.position if assignment else None
+        return {**asdict(row), "processor": position, "scheme": schemes[position] if position else None}
+
+    layers = {row.name: told(row, plan.assignments.get(row.name)) for row in data.linears}
+    attentions = {row.name: told(row, plan.attentions.get(row.name)) for row in data.attentions}
     units = [asdict(unit) for unit in data.units]
     return {"format": 1, "title": data.title, "layers": layers, "attentions": attentions, "units": units}

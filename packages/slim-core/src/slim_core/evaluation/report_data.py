@@ -17,6 +17,7 @@ import torch
 
 from slim_core.devices import Devices
 from slim_core.runners.plan import Plan
+from slim_core.runners.records import ExpertRecord
 from slim_core.runners.run import RunResult
 from slim_core.savers.loaders import layer_class
 from slim_core.service import SERVICE_GROUP
@@ -93,6 +94,7 @@ class ReportData:
     device: str
     counts: dict[str, int]
     samples: int
+    extra_samples: int
     forwards_per_sample: int
     block_forwards: int
     resumed_units: int
@@ -110,6 +112,7 @@ class ReportData:
     linears: list[LinearRow]
     attentions: list[AttentionRow]
     smoothing: list[SmoothingNote]
+    experts: list[ExpertRecord]
     versions: dict[str, str]
     machine: dict[str, Any]
 
@@ -150,6 +153,7 @@ def collect(folder: Path, plan: Plan, result: RunResult, *, title: str) -> Repor
         device=str(plan.devices),
         counts=plan.counts(),
         samples=result.samples,
+        extra_samples=result.extra_samples,
         forwards_per_sample=plan.forwards,
         block_forwards=result.block_forwards,
         resumed_units=result.resumed_units,
@@ -167,6 +171,7 @@ def collect(folder: Path, plan: Plan, result: RunResult, *, title: str) -> Repor
         linears=_linears(plan, result),
         attentions=_attentions(plan, result),
         smoothing=[replace(note, **_finite_parts(note)) for note in result.smoothed],
+        experts=list(result.experts),
         versions=_versions(),
         machine=_machine(plan.devices),
     )
