@@ -1,8 +1,11 @@
 """Peak memory: does it follow the largest unit and not the model?
 
     python benchmarks/memory.py /tmp/scratch [--large]
+    python benchmarks/memory.py /tmp/scratch --prediction gptq flex autoround
 
 8 blocks against 32 of the same shape, data-free and calibrated; ``--large`` adds a checkpoint of 28 GB.
+``--prediction`` holds what the plan says against what the report measured instead, one method after the other, on two
+blocks.
 """
 
 from __future__ import annotations
@@ -10,21 +13,48 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 from measure import quantize, show
 from synthetic import write_checkpoint
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 SAMPLES, TOKENS = 16, 256
+TOKEN = {"dtype": "int8", "scope": "per_token", "symmetric": True}
+TENSOR = {"dtype": "int8", "scope": "per_tensor", "symmetric": False}
 
 
-def calibrated_recipe(folder: Path) -> Path:
-    """W8A8 static over random text of a fixed length."""
+def linear_quant(act: dict[str, Any], method: str, dtype: str = "int8") -> dict[str, Any]:
+    weight = {"dtype": dtype, "scope": "per_channel", "symmetric": True, "method": method}
+    return {"type": "linear_quant", "qconfig": {"act": act, "weight": weight}}
+
+
+LEARNED = linear_quant(TOKEN, "autoround", "int4")["qconfig"]
+METHODS: dict[str, list[dict[str, Any]]] = {
+    "dynamic": [linear_quant(TOKEN, "minmax")],
+    "static": [linear_quant(TENSOR, "minmax")],
+    "gptq": [linear_quant(TOKEN, "gptq", "int4")],
+    "flex": [{"type": "flex_smooth_quant"}, linear_quant(TENSOR, "minmax")],
+    "autoround": [{"type": "autoround_quant", "iters": 2, "strategies": [{"qconfig": LEARNED}]}],
+    "sparse": [{"type": "float_sparse"}],
+}
+
+
+def calibration_set(folder: Path) -> Path:
+    """Text, more of it in every sample than is used."""
     data = folder / "calibration.jsonl"
     text = (EXAMPLES / "heldout.txt").read_text("utf-8")
     parts = [text[i * 3000 : i * 3000 + 3000] for i in range(SAMPLES)]
     data.write_text("".join(json.dumps({"text": part}) + "\n" for part in parts), "utf-8")
+    return data
+
+
+def calibrated_recipe(folder: Path) -> Path:
+    """W8A8 static over text of a fixed length."""
+    data = calibration_set(folder)
     recipe = folder / "w8a8-static.yaml"
     content = (EXAMPLES / "w8a8-static.yaml").read_text("utf-8")
     dataset = f"  dataset: {{path: {data}, max_length: {TOKENS}}}\n"
@@ -41,13 +71,36 @@ def largest_unit(model: Path) -> float:
     return max(unit_bytes(opened, unit) for unit in opened.units) / 2**20
 
 
+def compare_prediction(model: Path, folder: Path, method: str) -> None:
+    """One run through the command line, as users have it: what its plan promised and what its report says."""
+    dataset = {"path": str(calibration_set(folder)), "max_length": TOKENS}
+    spec = {"process": METHODS[method], "save": [{"type": "ascendv1_saver"}], "dataset": dataset}
+    recipe, out = folder / f"{method}.yaml", folder / "out"
+    recipe.write_text(json.dumps({"apiversion": "modelslim_v1", "spec": spec}), "utf-8")  # JSON is YAML
+    command = [sys.executable, "-m", "slim_llm", "quant", "--model_type", "benchmark", "--device", "cpu", "--overwrite"]
+    paths = ["--model_path", str(model), "--save_path", str(out), "--config_path", str(recipe)]
+    subprocess.run([*command, *paths], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    report = json.loads((out / "report.json").read_text("utf-8"))
+    predicted, measured = (report[key] / 2**20 for key in ("predicted_peak_memory", "peak_memory"))
+    print(f"{method}: predicted {predicted:.0f} MiB, measured {measured:.0f} ({predicted / measured:.2f})", flush=True)
+    shutil.rmtree(out)
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--width", choices=("wide", "broad"), default="wide", help="units of 36 or 120 MiB")
     parser.add_argument("--large", action="store_true")
+    parser.add_argument("--prediction", nargs="+", choices=METHODS, metavar="METHOD", help=", ".join(METHODS))
     arguments = parser.parse_args()
     arguments.folder.mkdir(parents=True, exist_ok=True)
+    if arguments.prediction:
+        small = arguments.folder / f"{arguments.width}-2"
+        if not small.exists():
+            write_checkpoint(small.name, small)
+        for method in arguments.prediction:
+            compare_prediction(small, arguments.folder, method)
+        sys.exit()
     recipes = {"data-free": EXAMPLES / "w8a8-dynamic.yaml", "calibrated": calibrated_recipe(arguments.folder)}
     for title, recipe in recipes.items():
         peaks = []

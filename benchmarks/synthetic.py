@@ -20,8 +20,10 @@ EXAMPLE = Path(__file__).parents[1] / "examples" / "tiny-qwen3"
 SHAPES = {
     # name: hidden, intermediate, blocks, heads, kv heads, vocabulary, tied
     "tiny": (256, 768, 4, 4, 2, 4096, False),
+    "wide-2": (1024, 4096, 2, 16, 8, 8192, False),
     "wide-8": (1024, 4096, 8, 16, 8, 8192, False),
     "wide-32": (1024, 4096, 32, 16, 8, 8192, False),
+    "broad-2": (2048, 8192, 2, 16, 8, 8192, False),
     "broad-8": (2048, 8192, 8, 16, 8, 8192, False),
     "broad-32": (2048, 8192, 32, 16, 8, 8192, False),
     "qwen3-0.6b": (1024, 3072, 28, 16, 8, 151936, True),

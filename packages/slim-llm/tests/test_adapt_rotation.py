@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -10,8 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from slim_core.errors import InvalidDatasetError, UnsupportedError
 from slim_core.evaluation.verify import verify_folder
@@ -34,6 +36,13 @@ DYNAMIC = {
     "qconfig": {
         "act": {"dtype": "int4", "scope": "per_token", "symmetric": True, "method": "minmax"},
         "weight": {"dtype": "int4", "scope": "per_channel", "symmetric": True, "method": "minmax"},
+    },
+}
+STATIC = {
+    "type": "linear_quant",
+    "qconfig": {
+        "act": {"dtype": "int8", "scope": "per_tensor", "symmetric": False, "method": "minmax"},
+        "weight": {"dtype": "int8", "scope": "per_channel", "symmetric": True, "method": "minmax"},
     },
 }
 
@@ -95,8 +104,6 @@ def test_it_learns_from_what_the_linears_read(
     quantize(folder, tmp_path / "out", prior=prior(stage), process=[SECOND])
     at = "model.layers.{}.{}"
     assert list(shown) == [at.format(i, one) for i in range(3) for one in ("self_attn.q_proj", "mlp.gate_proj")]
-    from transformers import AutoModelForCausalLM
-
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     inputs: list[Tensor] = []
     norm = model.model.layers[1].post_attention_layernorm
@@ -127,6 +134,40 @@ def test_its_own_calibration_set(model_folder: ModelFolder, quantize: Quantize, 
     assert not torch.equal(exported(tmp_path / "out"), exported(tmp_path / "all"))
     with pytest.raises(InvalidDatasetError, match="there is no calibration set 'nothing"):
         quantize(folder, tmp_path / "no", prior=prior(dataset="nothing.jsonl"), process=[SECOND])
+
+
+def test_both_stages_have_their_own_calibration_set(
+    naive: ModuleType, model_folder: ModelFolder, quantize: Quantize, dataset: Path, tmp_path: Path
+) -> None:
+    """What is learned ahead comes from one set, and the ranges of the main stage from the other."""
+    folder, ahead = model_folder("qwen2", torch.float32), tmp_path / "ahead.jsonl"
+    texts = ["Seven red apples, and a pear.", "x = [i * i for i in range(12)]"]
+    ahead.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    main = [tokenizer(json.loads(line)["text"])["input_ids"] for line in dataset.read_text().splitlines()]
+    learning = prior(dataset=str(ahead))
+    quantize(folder, tmp_path / "float", prior=learning, process=[SECOND])
+    made = quantize(folder, tmp_path / "out", prior=learning, process=[SECOND, STATIC], dataset=str(dataset))
+    assert (made.stage_forwards, made.block_forwards, made.samples) == (3 * len(texts), 3 * len(main), len(main))
+    assert torch.equal(exported(tmp_path / "out"), exported(tmp_path / "float"))
+    quantize(folder, tmp_path / "other", prior=prior(), process=[SECOND])
+    assert not torch.equal(exported(tmp_path / "out"), exported(tmp_path / "other"))
+
+    written = naive.read(tmp_path / "out")
+    (tmp_path / "again").mkdir()
+    save_file(naive.read(tmp_path / "float").tensors, tmp_path / "again" / "model.safetensors")
+    shutil.copyfile(tmp_path / "float" / "config.json", tmp_path / "again" / "config.json")
+    rotated = AutoModelForCausalLM.from_pretrained(tmp_path / "again", dtype=torch.float32).eval()
+    wanted, wrong = (
+        {
+            name: [float(one) for one in naive.input_parameters(*span, False, torch.float32)]
+            for name, span in naive.ranges(rotated, written.quantized(), inputs).items()
+        }
+        for inputs in (main, [tokenizer(text)["input_ids"] for text in texts])
+    )
+    found = {name: float(written.tensors[f"{name}.input_scale"]) for name in written.quantized()}
+    assert found == {name: pytest.approx(scale, rel=1e-3) for name, (scale, _) in wanted.items()}
+    assert sum(abs(found[name] / scale - 1) > 1e-2 for name, (scale, _) in wrong.items()) > len(found) / 2
 
 
 def test_the_same_rotation_every_time(model_folder: ModelFolder, quantize: Quantize, tmp_path: Path) -> None:

@@ -127,6 +127,27 @@ def test_other_schemes_and_dtypes(
     assert result.kl_divergence == pytest.approx(divergence, rel=1e-2, abs=1e-6)
 
 
+@pytest.mark.parametrize("family", ["deepseek_v32", "mamba"])
+def test_models_that_read_the_weight_of_a_linear(
+    naive: ModuleType, model_folder: ModelFolder, output: ModelFolder, text: Path, family: str
+) -> None:
+    """An indexer asks ``weights_proj.weight`` for its dtype; a state-space model multiplies by ``dt_proj.weight``."""
+    folder, written = model_folder(family), output(family, "w8a16")
+    plain, deployed = load(folder, torch.bfloat16), load(folder, torch.bfloat16)
+    files = naive.read(written)
+    read = {"deepseek_v32": "self_attn.indexer.weights_proj", "mamba": "mixer.dt_proj"}[family]
+    assert [name for name in files.quantized() if name.endswith(read)]
+    for name in files.quantized():
+        scale, offset = (files.tensors[f"{name}.weight_{part}"] for part in ("scale", "offset"))
+        weight = (files.tensors[f"{name}.weight"].float() - offset) * scale
+        deployed.get_submodule(name).weight.data = weight.bfloat16()
+    _, (perplexity, quantized), divergence, _ = direct(plain, deployed)
+    result = evaluate(folder, text, written)
+    assert result.perplexity == pytest.approx(perplexity, rel=1e-4)
+    assert result.quantized_perplexity == pytest.approx(quantized, rel=1e-4)
+    assert result.kl_divergence == pytest.approx(divergence, rel=1e-2)
+
+
 def test_original_alone(model_folder: ModelFolder, text: Path) -> None:
     folder = model_folder("llama")
     result = evaluate(folder, text, max_windows=2)

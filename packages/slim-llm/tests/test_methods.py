@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -262,3 +264,62 @@ def test_same_bytes_again(
     quantize(model_folder("qwen2"), tmp_path / "out", "W4A8 groups", dataset, "gptq")
     one, other = naive.read(run("W4A8 groups", "gptq")[0]), naive.read(tmp_path / "out")
     assert all(naive.bits(one.tensors[name]) == naive.bits(other.tensors[name]) for name in one.tensors)
+
+
+@pytest.mark.parametrize("process", [["gptq"], ["flex", "gptq"], ["sparse"]], ids="+".join)
+def test_hessians_are_given_back_with_their_block(
+    model_folder: ModelFolder, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, process: list[str]
+) -> None:
+    """At once, not when the garbage collector comes by; those of the last linear when that is done."""
+    from slim_core.quantization.statistics import Hessian
+    from slim_core.runners import run as running
+    from slim_core.savers.ascendv1 import AscendV1Saver
+
+    kinds: dict[str, dict[str, Any]] = {
+        "gptq": {"type": "linear_quant", "qconfig": {"act": TOKEN, "weight": {"dtype": "int8", "method": "gptq"}}},
+        "flex": {"type": "flex_smooth_quant", "alpha": 0.5, "beta": 0.5},
+        "sparse": {"type": "float_sparse"},
+    }
+    seen: list[weakref.ref[Tensor]] = []
+    update, rescaled, write = Hessian.update, Hessian.rescaled, AscendV1Saver.write_layer
+    alive: list[int] = []
+
+    def watched(self: Hessian, x: Tensor) -> None:
+        update(self, x)
+        assert self.total is not None
+        if not any(one() is self.total for one in seen):
+            seen.append(weakref.ref(self.total))
+
+    def watched_too(self: Hessian, *given: Any) -> Hessian:
+        made = rescaled(self, *given)
+        if made.total is not None:
+            seen.append(weakref.ref(made.total))
+        return made
+
+    def count(*given: Any) -> None:
+        alive.append(sum(one() is not None for one in seen))
+        write(*given)
+
+    def check() -> None:
+        assert not any(one() is not None for one in seen)
+
+    monkeypatch.setattr(Hessian, "update", watched)
+    monkeypatch.setattr(Hessian, "rescaled", watched_too)
+    monkeypatch.setattr(AscendV1Saver, "write_layer", count)
+    monkeypatch.setattr(running, "give_back_freed_memory", check)
+    spec = {
+        "process": [kinds[name] for name in process],
+        "save": [{"type": "ascendv1_saver"}],
+        "dataset": str(dataset),
+    }
+    gc.disable()
+    try:
+        LlmService().quantize(
+            QuantRequest(model_path=model_folder("qwen2"), save_path=tmp_path / "o", model_type="tiny", device="cpu"),
+            recipe_from_dict({"apiversion": "modelslim_v1", "spec": spec}),
+            SilentProgress(),
+        )
+    finally:
+        gc.enable()
+    # q, k and v have one input, and so have gate and up: 4, 4, 4, 3, 2, 2, 1 are alive when a layer is written.
+    assert alive == [4, 4, 4, 3, 2, 2, 1] * BLOCKS

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from slim_core.checkpoint.reader import Checkpoint
 from slim_core.errors import UnsupportedError
@@ -356,6 +356,67 @@ def test_rotations_at_run_time(
     assert bool((beside[f"{heads[0]}.heads_rotation"][:2, 2:] == 0).all())  # blocks of max_tp_size
     assert [len(beside[f"{downs[0]}.kronecker_rotation_{part}"]) for part in "mn"] == [4, 12]
     assert verify_folder(tmp_path / "out", folder).ok
+    for matrix in beside.values():
+        square = matrix.double().T @ matrix.double()
+        assert float((square - torch.eye(len(square)).double()).abs().max()) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("rule", "smoothed"), [("static", False), ("static", True), ("dynamic", True)])
+def test_run_time_rotations_of_the_simulation_are_those_of_the_written_files(
+    naive: ModuleType,
+    model_folder: ModelFolder,
+    quantize: Quantize,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    dtype: torch.dtype,
+    rule: str,
+    smoothed: bool,
+) -> None:
+    """What a run hands on from its quantized blocks is bit by bit what a block made of the written files gives."""
+    from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+    last: dict[int, Tensor] = {}
+    forward = LlamaDecoderLayer.forward
+
+    def recording(self: Any, *args: Any, **kwargs: Any) -> Any:
+        output = forward(self, *args, **kwargs)
+        last[self.self_attn.layer_idx] = output[0] if isinstance(output, tuple) else output
+        return output
+
+    monkeypatch.setattr(LlamaDecoderLayer, "forward", recording)
+    folder, text = model_folder("llama", dtype), (EXAMPLE.parent / "heldout.txt").read_text()[:1500]
+    (tmp_path / "one.jsonl").write_text(json.dumps({"text": text}) + "\n")
+    smoothing = [{"type": "iter_smooth"}] * smoothed
+    quantize(
+        folder,
+        tmp_path / "out",
+        process=[ONLINE, *smoothing, {"static": STATIC, "dynamic": DYNAMIC}[rule]],
+        propagate="quantized",
+        dataset={"path": str(tmp_path / "one.jsonl"), "max_length": 32},
+    )
+    simulated = dict(last)
+    scored(folder, tmp_path / "out", tmp_path, sequence_length=32, max_windows=1)
+    assert sorted(simulated) == sorted(last) == [0, 1, 2]
+    for index, output in simulated.items():
+        assert output.shape[-2:] == (32, 32)
+        assert torch.equal(output, last[index]), index
+    if smoothed or dtype != torch.float32:
+        return
+    # A stranger's model of the same files, and one that leaves out the rotations at run time.
+    ids = AutoTokenizer.from_pretrained(folder)(text, return_tensors="pt")["input_ids"][:, :32]
+    quantize(folder, tmp_path / "float", process=[ONLINE])
+    seen: list[Tensor] = []
+    for turned in (True, False):
+        model, beside = reopened(naive, tmp_path / "float", tmp_path / f"again{turned}")
+        naive.deploy(model, naive.read(tmp_path / "out"))
+        if turned:
+            with_rotated_inputs(model, beside)
+        with torch.no_grad():
+            model(input_ids=ids, use_cache=False)
+        seen.append(last[2])
+    assert relative(seen[0], simulated[2]) < 0.02
+    assert relative(seen[1], simulated[2]) > 0.2
 
 
 @pytest.mark.parametrize("propagate", ["float", "quantized"])

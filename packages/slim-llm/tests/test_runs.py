@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -135,6 +136,67 @@ def test_every_block_runs_once_for_every_sample(
     assert result.block_forwards == BLOCKS * SAMPLES
     assert calls.count("LlamaDecoderLayer") == calls.count("LlamaMLP") == BLOCKS * SAMPLES
     assert result.samples == SAMPLES
+
+
+@pytest.mark.parametrize("propagate", ["float", "quantized"])
+def test_a_layer_is_done_before_the_next_one_begins(
+    model_folder: ModelFolder, quantize: Quantize, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, propagate: str
+) -> None:
+    """All processors see a layer, in their order and once, then its storage goes, then the next layer runs."""
+    from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+    from slim_core.processors import linear_quant
+    from slim_core.processors.iter_smooth import IterSmooth
+
+    events: list[tuple[str, str]] = []
+    quantized: list[str] = []
+    layers: dict[int, Any] = {}
+    forward, quantize_weight = LlamaDecoderLayer.forward, linear_quant.quantize_weight
+
+    def running(self: Any, *args: Any, **kwargs: Any) -> Any:
+        layers[self.self_attn.layer_idx] = self
+        events.append((f"model.layers.{self.self_attn.layer_idx}", "forward"))
+        for index, layer in layers.items():
+            storage = [tensor.is_meta for tensor in layer.parameters()]
+            assert all(storage) if index != self.self_attn.layer_idx else not any(storage)
+        return forward(self, *args, **kwargs)
+
+    def watched(kind: Any, name: str) -> None:
+        process = kind.process
+
+        def watching(self: Any, work: Any) -> None:
+            events.append((work.name, f"{name} {self.config.include[0]}" if self.config.include else name))
+            process(self, work)
+
+        monkeypatch.setattr(kind, "process", watching)
+
+    def once(*args: Any, linear: str, **kwargs: Any) -> Any:
+        quantized.append(linear)
+        return quantize_weight(*args, linear=linear, **kwargs)
+
+    monkeypatch.setattr(LlamaDecoderLayer, "forward", running)
+    monkeypatch.setattr(linear_quant, "quantize_weight", once)
+    watched(IterSmooth, "smooth")
+    watched(LinearQuant, "quantize")
+    weight = {"dtype": "int8", "scope": "per_channel", "symmetric": True, "method": "minmax"}
+    rules = [
+        {"type": "linear_quant", "qconfig": {"act": {}, "weight": weight}, "include": [pattern]}
+        for pattern in ("*.self_attn.*", "*.mlp.*")
+    ]
+    process = [{"type": "iter_smooth", "enable_subgraph_type": ["norm-linear"]}, *rules]
+    quantize(model_folder("llama"), tmp_path / "out", process=process, propagate=propagate, runner="layer_wise")
+    quantizing = [("quantize *.self_attn.*", 1), ("quantize *.mlp.*", 1)]
+    after = [("forward", SAMPLES)] if propagate == "quantized" else []
+    wanted = [("prologue", *step) for step in quantizing]
+    for block in range(BLOCKS):
+        steps = [("forward", SAMPLES), ("smooth", 1), *quantizing, *after]
+        wanted += [(f"model.layers.{block}", *step) for step in steps]
+    wanted += [("epilogue", *step) for step in quantizing]
+    # What comes before are the forwards that find out how the model is made.
+    found = [(*event, len(list(same))) for event, same in itertools.groupby(events)]
+    assert found[found.index(wanted[0]) :] == wanted
+    assert len(quantized) == len(set(quantized)) == 7 * BLOCKS
+    assert all(tensor.is_meta for layer in layers.values() for tensor in layer.parameters())
 
 
 @pytest.mark.parametrize("scheme", ["dynamic", "w8a16"])

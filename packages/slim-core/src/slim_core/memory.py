@@ -8,7 +8,14 @@ import sys
 from functools import cache
 from typing import Any
 
-__all__ = ["give_back_freed_memory", "peak_memory", "resident_memory"]
+__all__ = ["KEPT_BY_THE_HEAP", "give_back_freed_memory", "peak_memory", "resident_memory"]
+
+KEPT_BY_THE_HEAP = 48 << 20
+"""What a method that makes and drops many blocks of up to 32 MiB takes beyond those it needs at once.
+
+The C library (glibc) does not return such blocks at once. On a block with matrices of 1024 x 4096, GPTQ took 118 MiB
+less and AutoRound 69 MiB less when it was told to; 48 MiB of that are not in what is predicted besides.
+"""
 
 
 def resident_memory() -> int:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from slim_core.checkpoint.source import LazyTensor, TensorMeta
 from slim_core.errors import InvalidModelError, SchemaValidateError, SpecError, UnsupportedError
+from slim_core.memory import KEPT_BY_THE_HEAP
 from slim_core.model.units import LinearInfo
 from slim_core.processors.autoround_quant import AutoroundQuant
 from slim_core.processors.base import Assignment, LinearWork, UnitWork, create_processor
@@ -216,7 +217,9 @@ def test_only_own_linears_are_asked_for_and_checked() -> None:
     with pytest.raises(UnsupportedError, match=r"^d: ext\.group_size 7 does not divide its 24 input features"):
         one.check([info("d")], assignments)
     one.check([info("d", 28)], assignments)
-    assert one.working_bytes([info("a"), info("b"), info("d", 28)], assignments) == 13 * (24 * 24 + 24 * 28)
+    weights = 13 * (24 * 24 + 24 * 28)
+    assert one.working_bytes([info("a"), info("b"), info("d", 28)], assignments) == weights + KEPT_BY_THE_HEAP
+    assert one.working_bytes([info("b")], assignments) == 0
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import FrozenInstanceError, fields
 
@@ -14,7 +15,6 @@ from slim_core.quantization.floating import SMALLEST_SCALE
 from slim_core.quantization.kinds import LayerKind, layer_form
 from slim_core.quantization.layers import Fp8Dynamic, MxDynamic, QuantizedLinear, SimulatedLinear
 from slim_core.quantization.methods import quantize_weight
-from slim_core.quantization.microscaling import dual_scale_activations, mxfp4_activations, mxfp8_activations
 from slim_core.quantization.statistics import InputStatistics
 from slim_core.recipe import LinearQConfig
 
@@ -30,6 +30,16 @@ QCONFIGS = {
     LayerKind.W4A8_MXFP: ("mxfp8 per_block", "mxfp4 per_block fouroversix"),
     LayerKind.W4A4_MXFP4: ("mxfp4 per_block", "mxfp4 per_block minmax"),
     LayerKind.W4A4_MXFP4_DUALSCALE: ("mxfp4 dual_scale dualscale", "mxfp4 dual_scale dualscale"),
+}
+# Activations of the MX kinds: magnitudes by code, the exponent of the largest power of two among them, and what
+# becomes of a value half-way between two of them.
+E4M3_MAGNITUDES = tuple(m * 2.0**-9 if not e else (8 + m) * 2.0 ** (e - 10) for e in range(16) for m in range(8))[:-1]
+E2M1_MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+MX_RULES: dict[LayerKind, tuple[tuple[float, ...], int, str]] = {
+    LayerKind.W8A8_MXFP8: (E4M3_MAGNITUDES, 8, "even"),
+    LayerKind.W4A8_MXFP: (E4M3_MAGNITUDES, 8, "even"),
+    LayerKind.W4A4_MXFP4: (E2M1_MAGNITUDES, 2, "away"),
+    LayerKind.W4A4_MXFP4_DUALSCALE: (E2M1_MAGNITUDES, 2, "even"),
 }
 every_kind = pytest.mark.parametrize("kind", list(QCONFIGS))
 
@@ -88,18 +98,108 @@ def naive_weight(layer: QuantizedLinear) -> Tensor:
     return out
 
 
+def nearest(value: float, magnitudes: tuple[float, ...], ties: str) -> float:
+    """The number of the format next to a float64 value; saturating."""
+    size = min(abs(value), magnitudes[-1])
+    above = next(code for code, one in enumerate(magnitudes) if one >= size)
+    below = max(above - 1, 0)
+    half = (magnitudes[below] + magnitudes[above]) / 2  # exact: both have few bits
+    up = size > half or (size == half and (ties == "away" or above % 2 == 0))
+    return math.copysign(magnitudes[above if up else below], value)
+
+
+def naive_block(block: list[float], magnitudes: tuple[float, ...], largest_power: int, ties: str) -> list[float]:
+    """Up to 32 values that share ``2^(floor(log2 m) - largest_power)``, at least 2^-127; float64 holds all of it."""
+    largest = max(map(abs, block))
+    if not largest:
+        return [0.0] * len(block)
+    power = -1074
+    while 2.0 ** (power + 1) <= largest:
+        power += 1
+    scale = 2.0 ** max(power - largest_power, -127)
+    return [nearest(value / scale, magnitudes, ties) * scale for value in block]
+
+
 def naive_activations(kind: LayerKind, x: Tensor) -> Tensor:
-    """The activations in float64 as the target has them. Their rounding is tested on its own."""
-    if kind is LayerKind.WFP8AFP8_DYNAMIC:
-        rows = []
-        for row in x.float():
+    """The activations ``(tokens, channels)`` in float64 as the target has them."""
+    rows: list[list[float]] = []
+    for row in x.float():
+        if kind is LayerKind.WFP8AFP8_DYNAMIC:
             scale = (row.abs().max() / 448).clamp(min=SMALLEST_SCALE)
-            rows.append((row / scale).clamp(-448, 448).to(torch.float8_e4m3fn).double() * scale.double())
-        return torch.stack(rows) if rows else x.double()
-    if kind is LayerKind.W4A4_MXFP4_DUALSCALE:
-        values, outer = dual_scale_activations(x, 32)
-        return values.double() * outer.double().repeat_interleave(32, 1)
-    return (mxfp4_activations if kind is LayerKind.W4A4_MXFP4 else mxfp8_activations)(x).double()
+            rows.append([nearest(one, E4M3_MAGNITUDES, "even") * float(scale) for one in (row / scale).tolist()])
+            continue
+        found: list[float] = []
+        for part in row.split(32):
+            outer = 1.0
+            if kind is LayerKind.W4A4_MXFP4_DUALSCALE:  # what the outer scale leaves is in the activations' dtype
+                divisor = (part.abs().max() / 6).clamp(min=SMALLEST_SCALE)
+                part, outer = (part / divisor).to(x.dtype), float(divisor)
+            found += [one * outer for one in naive_block(part.tolist(), *MX_RULES[kind])]
+        rows.append(found)
+    return torch.tensor(rows, dtype=torch.float64).reshape(x.shape)
+
+
+def identity(kind: LayerKind) -> MxDynamic:
+    """A layer of 32 channels whose weight is the identity: its outputs are its activations as it quantizes them."""
+    four = kind.weight_bits == 4
+    eye = torch.eye(32).to(torch.uint8) * 2 if four else torch.eye(32).to(torch.float8_e4m3fn)
+    outer = torch.ones(32, 1, 1) if kind is LayerKind.W4A4_MXFP4_DUALSCALE else None
+    return MxDynamic(kind, eye, torch.full((32, 1), 127, dtype=torch.uint8), None, outer)
+
+
+def adversarial(kind: LayerKind) -> Tensor:
+    """Blocks of 32: every tie and the float32 numbers beside it at several scales, powers of two and the numbers beside
+    them, mantissas that saturate, tiny values, subnormal ones, and zeros."""
+    magnitudes = MX_RULES[kind][0]
+    ties = [(one + other) / 2 for one, other in itertools.pairwise(magnitudes)]
+    points = torch.tensor(sorted({*ties, *magnitudes[:-1], magnitudes[-1]}))
+    beside = torch.cat([points, *(torch.nextafter(points, torch.tensor(to)) for to in (0.0, math.inf))])
+    beside = torch.cat([beside, -beside])
+    # The largest value of a block decides its exponent: here it is the format's own largest, which makes it 0.
+    filler = torch.zeros(-len(beside) % 31)
+    blocks = torch.cat([beside, filler]).reshape(-1, 31)
+    lead = torch.full((len(blocks), 1), magnitudes[-1])
+    whole = torch.cat([lead, blocks], 1)
+    scaled = [whole * 2.0**power for power in (0, 1, -9, 40, -66)]
+    powers = 2.0 ** torch.arange(-60.0, 61.0, 5.0)
+    edges = torch.cat([powers, *(torch.nextafter(powers, torch.tensor(to)) for to in (0.0, math.inf))])
+    edges = torch.cat([edges, edges * 1.75, edges * (2 - 2.0**-20), edges * 1.5])  # these saturate, these are halves
+    random = gaussian(len(edges), 31, seed=4)
+    led = torch.cat([edges[:, None], random.clamp(-1, 1) * edges[:, None]], 1)
+    tiny = torch.stack([gaussian(32, seed=5) * 1e-20, gaussian(32, seed=6) * 1e-30, gaussian(32, seed=7) * 1e-38])
+    tiny = torch.cat([tiny, torch.full((1, 32), 2.0**-149), -torch.zeros(1, 32), torch.zeros(1, 32)])
+    return torch.cat([*scaled, led, tiny, gaussian(64, 32, seed=8), gaussian(16, 32, seed=9) * 1e20])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", MX_RULES)
+def test_activations_of_layers_at_ties_edges_and_extremes(kind: LayerKind, dtype: torch.dtype) -> None:
+    """Through the layer and value by value: with the identity as the weight, no product and no sum rounds."""
+    x = adversarial(kind).to(dtype)
+    x = x[x.isfinite().all(1)]
+    assert len(x) > 100
+    layer = identity(kind)
+    assert torch.equal(layer.dequantized(), torch.eye(32))
+    exact = naive_activations(kind, x)
+    y = layer.simulate(x.float() if kind is not LayerKind.W4A4_MXFP4_DUALSCALE else x)
+    if kind is LayerKind.W4A4_MXFP4_DUALSCALE:  # the outer scale is no power of two, so its product is rounded
+        assert torch.equal(y, exact.float().to(dtype))
+    else:
+        assert torch.equal(y.double(), exact)
+    assert torch.equal(layer.simulate(x), y.to(dtype))
+
+
+@pytest.mark.parametrize(
+    ("ties", "magnitudes", "values"),
+    [
+        ("away", E2M1_MAGNITUDES, {0.25: 0.5, 0.75: 1, 1.25: 1.5, 1.75: 2, 2.5: 3, 3.5: 4, 5.0: 6, -2.5: -3, 9.0: 6}),
+        ("even", E2M1_MAGNITUDES, {0.25: 0, 0.75: 1, 1.25: 1, 1.75: 2, 2.5: 2, 3.5: 4, 5.0: 4, -2.5: -2, 9.0: 6}),
+        ("even", E4M3_MAGNITUDES, {17.0: 16, 19.0: 20, 464.0: 448, 2.0**-10: 0, 3 * 2.0**-10: 2.0**-8, -1e9: -448}),
+    ],
+)
+def test_the_reference_itself(ties: str, magnitudes: tuple[float, ...], values: dict[float, float]) -> None:
+    assert {value: nearest(value, magnitudes, ties) for value in values} == values
+    assert (len(E4M3_MAGNITUDES), E4M3_MAGNITUDES[-1], E4M3_MAGNITUDES[1]) == (127, 448, 2.0**-9)
 
 
 @every_kind

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import math
+import weakref
 
 import pytest
 import torch
@@ -422,3 +424,19 @@ def test_settings_of_the_recipe() -> None:
     wanted = gptq(matrix, observed(inputs()), 4, False, 8, percdamp=0.1, actorder=False)
     assert torch.equal(found.codes, wanted.codes)
     assert not torch.equal(found.codes, gptq(matrix, observed(inputs()), 4, False, 8).codes)
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_nothing_is_left_behind(in_place: bool) -> None:
+    """Not until the garbage collector comes by: the factor is as large as the Hessian."""
+    matrix, factor = normal(OUT, WIDTH), factorise(observed(inputs()).total, 0.01, not in_place)  # pyright: ignore
+    assert factor is not None
+    left = weakref.ref(factor.coefficients)
+    grid = Grid(torch.ones(WIDTH // 8, OUT), torch.zeros(WIDTH // 8, OUT), True, 4)
+    gc.disable()
+    try:
+        solve(matrix.T.contiguous(), factor, grid, 128, in_place=in_place)
+        del factor
+        assert left() is None
+    finally:
+        gc.enable()

@@ -109,6 +109,35 @@ def test_weighting_lowers_the_weighted_error() -> None:
     assert float(row_errors(matrix, plain).sum()) < float(row_errors(matrix, weighted).sum())
 
 
+@pytest.mark.parametrize("seldom", [0.0, 1e-12, 1e-4])
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("group_size", [0, 64])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_weights_of_inputs_that_were_hardly_seen_are_not_given_up(
+    seldom: float, bits: int, group_size: int, symmetric: bool
+) -> None:
+    """The largest weight of every row stands where calibration saw next to nothing; service may see more."""
+    matrix = weights("gauss", 16, 256)
+    importance = weights("gauss", 1, 256, seed=2).flatten().square() * 2500
+    matrix[:, 5::64] *= 20
+    importance[5::64] = seldom
+
+    def made(counts: Tensor | None) -> QuantizedWeight:
+        return rounded_weight(
+            Rows(matrix), bits=bits, symmetric=symmetric, group_size=group_size, name="w", importance=counts
+        )
+
+    found, plain = (
+        made(importance),
+        minmax_weight(Rows(matrix), bits=bits, symmetric=symmetric, name="w", group_size=group_size),
+    )
+    assert bool((row_errors(matrix, found) <= 2 * row_errors(matrix, plain)).all())
+    before, after = row_errors(matrix, plain, importance), row_errors(matrix, found, importance)
+    assert bool((after <= before).all())
+    assert float(after.sum()) < 0.97 * float(before.sum())
+    assert not torch.equal(found.codes, made(None).codes)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("group_size", [0, 16])
 def test_half_precision_is_that_of_the_float32_upcast(dtype: torch.dtype, group_size: int) -> None:

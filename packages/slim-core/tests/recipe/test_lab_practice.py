@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -15,15 +16,99 @@ LAB = ROOT / "lab_practice"
 REGISTRY = ROOT / "packages/slim-llm/src/slim_llm/models/registry.yaml"
 
 FILES = sorted(LAB.glob("*/*.yaml"))
-QUANT_TYPES_HELD = ("w8a8", "w8a16", "w8a8c8", "w8a8s", "w16a16s", "w4a8", "w4a8c8", "w4a4")
-LINEARS = [
-    f"model.layers.{layer}.{name}"
-    for layer in (0, 35)
-    for name in (
-        *("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"),
-        *("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
-    )
-]
+DENSE = ("llama", "qwen1_5", "qwen2", "qwen2_5", "qwen3", "qwq")
+DENSE_TYPES = {"w8a8", "w8a16", "w8a8c8", "w8a8s", "w16a16s", "w4a8", "w4a8c8", "w4a4"}
+# Quantization types that each other family must have.
+TYPES = {
+    "deepseek_v2": {"w8a8", "w8a8c8", "w8a16", "w4a8"},
+    "deepseek_v3": {"w8a8", "w8a8c8", "w8a16", "w4a8", "w4a8c8", "w4a4", "w4a4c8"},
+    "deepseek_v3_2": {"w8a8", "w8a16", "w4a8"},
+    "deepseek_v4": {"w8a8", "w4a8"},
+    "ernie4_5_moe": {"w8a8", "w8a8c8", "w8a16", "w4a8"},
+    "glm4_moe": {"w8a8", "w8a8c8", "w8a16", "w4a8"},
+    "glm4_moe_lite": {"w8a8", "w8a8c8", "w8a16", "w4a8"},
+    "glm_5": {"w8a8", "w8a8c8", "w8a16", "w4a8", "w4a8c8", "w4a4c8"},
+    "gpt_oss": {"w8a8", "w4a8"},
+    "hunyuan_moe": {"w8a8", "w8a8c8", "w8a16", "w4a8"},
+    "kimi_k2": {"w8a8", "w8a8c8", "w8a16", "w4a8", "w4a8c8", "w4a4c8"},
+    "llama4": {"w8a8", "w8a16", "w4a8"},
+    "longcat_flash": {"w8a8", "w8a16", "w4a8", "w4a4"},
+    "minimax_m2": {"w8a8", "w8a8c8", "w8a16", "w4a8"},
+    "mixtral": {"w8a8", "w8a8c8", "w8a16", "w4a8"},
+    "olmoe": {"w8a8", "w8a8c8", "w8a16", "w4a8"},
+    "phimoe": {"w8a8", "w8a8c8", "w8a16", "w4a8"},
+    "qwen2_moe": {"w8a8", "w8a8c8", "w8a16", "w4a8"},
+    "qwen3_5": {"w8a8", "w8a16"},
+    "qwen3_5_moe": {"w8a8", "w8a16", "w4a8"},
+    "qwen3_moe": {"w8a8", "w8a8c8", "w8a16", "w4a8", "w4a8c8", "w4a4"},
+    "qwen3_next": {"w8a8", "w8a16", "w4a8"},
+}
+# Parts of a decoder block: what is quantized of them, and what stays in floating point.
+MLP = tuple(f"{{}}.{name}_proj" for name in ("gate", "up", "down"))
+ATTENTION = tuple(f"self_attn.{name}_proj" for name in "qkvo")
+LATENT = ("self_attn.q_a_proj", "self_attn.q_b_proj", "self_attn.kv_a_proj_with_mqa", "self_attn.o_proj")
+LINEAR_ATTENTION = tuple(f"linear_attn.{name}" for name in ("in_proj_qkv", "in_proj_z", "out_proj"))
+INDEXER = tuple(f"self_attn.indexer.{name}" for name in ("wq_b", "wk", "weights_proj"))
+COMPRESSOR = (
+    *("self_attn.compressor.kv_proj", "self_attn.compressor.gate_proj", "self_attn.compressor.indexer.kv_proj"),
+    *("self_attn.compressor.indexer.gate_proj", "self_attn.compressor.indexer.q_b_proj"),
+    "self_attn.compressor.indexer.scorer.weights_proj",
+)
+ROUTER = ("mlp.gate", "mlp.router", "mlp.gate.wg", "feed_forward.router", "mlp.router.classifier")
+ROUTER += ("block_sparse_moe.gate", "mlp.shared_expert_gate")
+
+
+def mlp(*paths: str) -> tuple[str, ...]:
+    return tuple(name.format(path) for path in paths for name in MLP)
+
+
+EXPERTS = mlp("mlp.experts.0", "mlp.experts.127")
+NUMBERED = tuple(f"mlp.experts.{expert}.w{i}" for expert in (0, 7) for i in (1, 2, 3))
+SHARED = mlp("mlp", "mlp.shared_experts")
+LAYOUTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    **dict.fromkeys(DENSE, ((*ATTENTION, *mlp("mlp")), ())),
+    **dict.fromkeys(
+        ("deepseek_v3", "glm4_moe_lite", "kimi_k2"), ((*LATENT, *SHARED, *EXPERTS), ("self_attn.kv_b_proj",))
+    ),
+    # Without a low rank in DeepSeek-V2-Lite.
+    "deepseek_v2": ((*LATENT, "self_attn.q_proj", *SHARED, *EXPERTS), ("self_attn.kv_b_proj",)),
+    **dict.fromkeys(("deepseek_v3_2", "glm_5"), ((*LATENT, *SHARED, *EXPERTS), ("self_attn.kv_b_proj", *INDEXER))),
+    "deepseek_v4": (
+        (*(f"self_attn.{name}_proj" for name in ("q_a", "q_b", "kv", "o_b")), *mlp("mlp.shared_experts"), *NUMBERED),
+        COMPRESSOR,
+    ),
+    **dict.fromkeys(("ernie4_5_moe", "glm4_moe"), ((*ATTENTION, *SHARED, *EXPERTS), ())),
+    **dict.fromkeys(("gpt_oss", "olmoe", "qwen3_moe"), ((*ATTENTION, *EXPERTS), ())),
+    "hunyuan_moe": ((*ATTENTION, *mlp("mlp.shared_mlp"), *EXPERTS), ()),
+    # Maverick has a dense feed forward in every other block.
+    "llama4": ((*ATTENTION, *mlp("feed_forward", "feed_forward.shared_expert", "feed_forward.experts.15")), ()),
+    "longcat_flash": (
+        (
+            *(name.replace("self_attn", f"self_attn.{half}") for half in (0, 1) for name in LATENT),
+            *mlp("mlps.0", "mlps.1"),
+            *EXPERTS,
+        ),
+        ("self_attn.0.kv_b_proj", "self_attn.1.kv_b_proj"),
+    ),
+    **dict.fromkeys(("minimax_m2", "mixtral", "phimoe"), ((*ATTENTION, *NUMBERED), ())),
+    "qwen2_moe": ((*ATTENTION, *mlp("mlp.shared_expert"), *EXPERTS), ()),
+    "qwen3_5": ((*LINEAR_ATTENTION, *ATTENTION, *mlp("mlp")), ("linear_attn.in_proj_a", "linear_attn.in_proj_b")),
+    "qwen3_5_moe": (
+        (*LINEAR_ATTENTION, *ATTENTION, *mlp("mlp.shared_expert"), *EXPERTS),
+        ("linear_attn.in_proj_a", "linear_attn.in_proj_b"),
+    ),
+    "qwen3_next": (
+        ("linear_attn.in_proj_qkvz", "linear_attn.out_proj", *ATTENTION, *mlp("mlp.shared_expert"), *EXPERTS),
+        ("linear_attn.in_proj_ba",),
+    ),
+}
+LATENTS = tuple(
+    family for family, (quantized, _) in LAYOUTS.items() if LATENT[0] in quantized and LATENT[2] in quantized
+)
+
+
+def in_layers(names: Iterable[str]) -> list[str]:
+    return [f"model.layers.{layer}.{name}" for layer in (0, 35) for name in names]
 
 
 def ident(path: Path) -> str:
@@ -39,7 +124,20 @@ def test_a_practice_is_sound(path: Path):
     assert spec.runner == "auto"
     assert [saver.type for saver in spec.save] == ["ascendv1_saver"]
     assert spec.warnings() == []
-    assert dump_recipe(recipe)
+
+
+RECIPES = [*FILES, *sorted(ROOT.glob("examples/*.yaml")), *sorted(ROOT.glob("benchmarks/recipes/*.yaml"))]
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=ident)
+def test_a_recipe_is_the_same_after_it_was_written(path: Path, tmp_path: Path):
+    recipe = load_recipe(path)
+    text = dump_recipe(recipe)
+    (tmp_path / path.name).write_text(text, "utf-8")
+    again = load_recipe(tmp_path / path.name)
+    assert again.spec() == recipe.spec()
+    assert (again.apiversion, again.metadata, again.extra) == (recipe.apiversion, recipe.metadata, recipe.extra)
+    assert dump_recipe(again) == text
 
 
 def owners(path: Path) -> list[NameFilter]:
@@ -49,12 +147,45 @@ def owners(path: Path) -> list[NameFilter]:
 
 
 @pytest.mark.parametrize("path", FILES, ids=ident)
-def test_every_linear_of_a_dense_model_is_quantized_exactly_once_and_every_pattern_is_used(path: Path):
+def test_every_linear_is_quantized_exactly_once_and_every_pattern_is_used(path: Path):
+    """But those that are to stay in floating point, and routers."""
     filters = owners(path)
-    for name in LINEARS:
+    family = path.parent.name
+    quantized, kept = LAYOUTS[family if family != "default" else "qwen3"]
+    linears = in_layers(quantized)
+    for name in linears:
         assert [each.matches(name) for each in filters].count(True) == 1, name
-    if path.parent.name != "default":
-        assert [each.unmatched(LINEARS) for each in filters] == [[]] * len(filters)
+    if family == "default":
+        return
+    assert [each.unmatched(linears) for each in filters] == [[]] * len(filters)
+    if family not in DENSE:
+        for name in in_layers((*kept, *ROUTER)):
+            assert not any(each.matches(name) for each in filters), name
+
+
+@pytest.mark.parametrize("path", [path for path in FILES if path.parent.name not in (*DENSE, "default")], ids=ident)
+def test_experts_are_quantized_as_engines_load_them(path: Path):
+    """Never by one scale for all tokens, all alike, four bits per channel; the linears of a latent one by one."""
+    processors = [one for one in load_recipe(path).spec().process if one.type == "linear_quant"]
+    owner = {
+        name: (processor.qconfig.act, processor.qconfig.weight)
+        for processor in processors
+        for name in in_layers(LAYOUTS[path.parent.name][0])
+        if NameFilter(processor.include, processor.exclude).matches(name)
+    }
+    experts = [owner[name] for name in owner if ".experts." in name]
+    assert len(experts) == len(in_layers([n for n in LAYOUTS[path.parent.name][0] if ".experts." in n]))
+    assert all(one == experts[0] for one in experts)
+    for act, weight in experts:
+        assert act is None or act.scope in ("per_token", "per_block")
+        assert weight.scope == ("per_block" if act is not None and act.scope == "per_block" else "per_channel")
+    quant_type = path.stem.rpartition("-")[2]
+    if quant_type.startswith("w4"):
+        four = {name for name, (_, weight) in owner.items() if weight.dtype in ("int4", "mxfp4")}
+        assert four == {name for name in owner if ".experts." in name}
+    cached = [one.type for one in load_recipe(path).spec().process if one.type in ("dynamic_cache", "fa3_quant")]
+    kind = "fa3_quant" if path.parent.name in LATENTS else "dynamic_cache"
+    assert cached == [kind] * quant_type.endswith("c8")
 
 
 @pytest.mark.parametrize("path", sorted(LAB.glob("default/*.yaml")), ids=ident)
@@ -79,8 +210,10 @@ def test_every_registered_model_type_reaches_a_practice_without_a_question():
     registry = yaml.safe_load(REGISTRY.read_text())
     assert set(registry) == set(library.pedigrees()) - {"default"}
     for pedigree, names in registry.items():
+        types = DENSE_TYPES if pedigree in DENSE else TYPES[pedigree]
+        assert {one.quant_type for one in library.list() if one.pedigree == pedigree} == types
         for name in names:
-            for quant_type in QUANT_TYPES_HELD:
+            for quant_type in types:
                 selection = library.select(pedigree, name, quant_type)
                 assert selection.question is None
                 assert selection.practice.quant_type == quant_type

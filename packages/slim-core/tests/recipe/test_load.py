@@ -110,6 +110,7 @@ def test_merge_keys_work(write):
     ("dataset", "expected"),
     [
         ("boolq.jsonl", DatasetConfig(path="boolq.jsonl")),
+        ({"path": "a.jsonl", "extra_share": 0.5}, DatasetConfig(path="a.jsonl", extra_share=0.5)),
         ({"path": "a.jsonl", "max_length": 2048}, DatasetConfig(path="a.jsonl", max_length=2048)),
     ],
 )
@@ -386,6 +387,21 @@ BROKEN = {
     "dataset number": (
         head("  dataset:\n    path: a\n    num_samples: 0\n"),
         [":5: spec.dataset.num_samples: got 0; must be greater than or equal to 1"],
+    ),
+    "dataset quota": (
+        head("  dataset:\n    path: a\n    min_tokens_per_expert: -1\n    extra_share: -0.1\n"),
+        [
+            ":5: spec.dataset.min_tokens_per_expert: got -1; must be greater than or equal to 0",
+            ":6: spec.dataset.extra_share: got -0.1; must be greater than or equal to 0",
+        ],
+    ),
+    "dataset routing": (
+        head("  dataset:\n    path: a\n    route_starved_experts: true\n"),
+        [":3: spec.dataset: route_starved_experts needs min_tokens_per_expert, a number above 0"],
+    ),
+    "quota of a stage": (
+        head("  prior:\n  - process: []\n    dataset:\n      path: a\n      min_tokens_per_expert: 4\n"),
+        [":5: spec.prior[0].dataset: min_tokens_per_expert is met in the main stage; give it in spec.dataset"],
     ),
     "dataset path": (head("  dataset:\n    num_samples: 1\n"), [":3: spec.dataset.path: required field is missing"]),
     "prior": (

@@ -83,6 +83,28 @@ def test_ext_values_are_checked(ext, place):
     assert [error["loc"] for error in caught.value.errors()] == [place]
 
 
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("side", [ActConfig, WeightConfig])
+def test_a_key_that_no_method_reads_is_refused_at_every_method(method, side):
+    with pytest.raises(ValidationError) as caught:
+        side.model_validate({"method": method, "ext": {"nonsense": 1}})
+    assert [(error["loc"], error["type"]) for error in caught.value.errors()] == [
+        (("ext", "nonsense"), "extra_forbidden")
+    ]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_known_key_is_read_by_its_methods_and_ignored_by_the_others(method):
+    values = {"aggregation_type": "max", "scale_dtype": "float32", "metric": "mse", "axes": -1, "fraction": 0.05}
+    values |= dict.fromkeys(("weighted", "actorder", "use_sigma", "enable_search"), True)
+    values |= {"search_min": 6, "search_max": 7, "ceil_x_value": 7, "percdamp": 0.1, "bins": 64, "percentile": 99}
+    for key in Ext.__annotations__:
+        scope = {"axes": "per_block", "group_size": "per_group"}.get(key, "per_channel")
+        config = WeightConfig.model_validate({"method": method, "scope": scope, "ext": {key: values.get(key, 3)}})
+        ignored = f"ext.{key} has no effect with method {method} and scope {scope}"
+        assert (ignored in config.warnings()) == (key not in METHODS[method])
+
+
 def test_keys_without_effect_are_warned_about():
     config = LinearQConfig.model_validate(
         {

@@ -12,8 +12,9 @@ from typing_extensions import TypedDict
 
 from slim_core.errors import UnexpectedError, UnsupportedError
 from slim_core.logging import get_logger
+from slim_core.memory import KEPT_BY_THE_HEAP
 from slim_core.model.units import LinearInfo
-from slim_core.processors.base import Assignment, LinearRule, LinearWork, Processor, UnitWork
+from slim_core.processors.base import Assignment, BlockRun, LinearRule, LinearWork, Processor, UnitWork
 from slim_core.quantization.activations import static_parameters
 from slim_core.quantization.autoround import (
     DynamicInput,
@@ -197,6 +198,9 @@ class AutoroundQuant(Processor):
             for position, one in self._strategies()
         ]
 
+    def schemes(self) -> Mapping[str, LinearQConfig]:
+        return {position: one.qconfig for position, one in self._strategies()}
+
     def notes(self) -> list[str]:
         return [f"{self.position}.{text}" for text in self.config.warnings()]
 
@@ -215,7 +219,8 @@ class AutoroundQuant(Processor):
             check_shape(assignments[info.name].form, info)
 
     def working_bytes(self, linears: Sequence[LinearInfo], assignments: Mapping[str, Assignment]) -> int:
-        return TunedWeight.BYTES * sum(info.in_features * info.out_features for info in self._own(linears, assignments))
+        size = sum(info.in_features * info.out_features for info in self._own(linears, assignments))
+        return TunedWeight.BYTES * size + (KEPT_BY_THE_HEAP if size else 0)
 
     def process(self, work: UnitWork) -> None:
         owned = [(linear, one) for position, one in self._strategies() for linear in work.owned_by(position)]
@@ -223,7 +228,26 @@ class AutoroundQuant(Processor):
             return
         if work.block is None:
             raise UnexpectedError("there is no block to train on", where=work.name)
-        tuned = {linear.info.name: _tuned(work, linear, one) for linear, one in owned}
+        learning = [(linear, one) for linear, one in owned if linear.info.name not in work.starved]
+        tuned = {linear.info.name: _tuned(work, linear, one) for linear, one in learning}
+        if tuned:
+            self._train(work, work.block, tuned)
+        for linear, one in owned:
+            name = linear.info.name
+            # One that must not learn from the few tokens it sees is rounded to nearest, which is where all begin.
+            weight = (tuned.pop(name, None) or _tuned(work, linear, one)).tuned.best()
+            layer = build_layer(
+                linear.assignment.form,
+                weight,
+                one.qconfig.act,
+                seen=work.seen(name),
+                bias=linear.bias,
+                name=name,
+                dtype=work.dtype,
+            )
+            work.finish(linear, layer, weight.sqnr_db)
+
+    def _train(self, work: UnitWork, block: BlockRun, tuned: Mapping[str, TunedLinear]) -> None:
         config = self.config
         options = TrainingOptions(
             config.iters,
@@ -235,7 +259,7 @@ class AutoroundQuant(Processor):
             config.batch_size,
             config.seed,
         )
-        outcome = train(work.block, tuned, options, work.name)
+        outcome = train(block, tuned, options, work.name)
         _logger.info(
             "%s: relative squared error of its output %.3g with weights rounded to nearest, %.3g before training, "
             "%.3g after",
@@ -246,19 +270,6 @@ class AutoroundQuant(Processor):
                 "%s: no calibration token reached %d linears in training, so they are rounded to nearest: %s",
                 *(work.name, len(outcome.unseen), ", ".join(outcome.unseen)),
             )
-        for linear, one in owned:
-            name = linear.info.name
-            weight = tuned.pop(name).tuned.best()
-            layer = build_layer(
-                linear.assignment.form,
-                weight,
-                one.qconfig.act,
-                seen=work.seen(name),
-                bias=linear.bias,
-                name=name,
-                dtype=work.dtype,
-            )
-            work.finish(linear, layer, weight.sqnr_db)
 
 
 def _tuned(work: UnitWork, linear: LinearWork, strategy: AutoroundStrategy) -> TunedLinear:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Protocol
 
 import torch
+from pydantic import BaseModel
 from torch import Tensor, nn
 
 from slim_core.checkpoint.source import LazyTensor
@@ -172,6 +173,7 @@ class UnitWork:
         finish_attention: called with every finished attention.
         weights: all parameters of the unit, to be reshaped before they are quantized.
         states: what was observed of attentions because a processor asked for it, by module name.
+        starved: the linears of experts to which too few tokens were routed to learn from.
         note: called with what was done to every subgraph that was to be smoothed, for the report.
     """
 
@@ -186,6 +188,7 @@ class UnitWork:
     finish_attention: Callable[[AttentionWork, QuantizedAttention], None] = lambda _work, _quantized: None
     weights: UnitWeights | None = None
     states: dict[str, AttentionStatistics] = field(default_factory=dict[str, AttentionStatistics])
+    starved: frozenset[str] = frozenset()
     note: Callable[[SmoothingNote], None] = lambda _note: None
 
     def owned_by(self, position: str) -> Iterator[LinearWork]:
@@ -353,6 +356,10 @@ class Processor:
         """What it does to the model before anything is quantized, for the plan; empty if there is nothing to say."""
         return ""
 
+    def schemes(self) -> Mapping[str, BaseModel]:
+        """By the positions in :meth:`rules` and :meth:`attention_rules`: what the recipe says of layers of these."""
+        return {self.position: getattr(self.config, "qconfig", None) or self.config}
+
     def notes(self) -> list[str]:
         """Remarks on the configuration that the plan passes on to the user."""
         return []
@@ -375,7 +382,10 @@ class Processor:
         """
 
     def working_bytes(self, linears: Sequence[LinearInfo], assignments: Mapping[str, Assignment]) -> int:
-        """Memory that the work on the linears of one unit takes, beyond their weights and the finished layers."""
+        """Memory that the work on one unit takes, beyond its weights, what was observed, and the finished layers.
+
+        Of a processor that reshapes, what it leaves behind counts too.
+        """
         return 0
 
     def process(self, work: UnitWork) -> None:

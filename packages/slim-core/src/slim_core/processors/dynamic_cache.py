@@ -95,6 +95,9 @@ class DynamicCache(Processor):
         form = AttentionForm(AttentionKind.C8, None, key.form(), value.form())
         return [AttentionRule(self.position, NameFilter(self.config.include, self.config.exclude), form)]
 
+    def schemes(self) -> Mapping[str, StrictModel]:
+        return {self.position: self.config.details or self.config.qconfig or CacheConfig()}
+
     def notes(self) -> list[str]:
         found = [f"{self.position}: {text}" for text in self.config.warnings()]
         (rule,) = self.attention_rules()

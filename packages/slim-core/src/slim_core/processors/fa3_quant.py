@@ -140,6 +140,9 @@ class Fa3Quant(Processor):
         )
         return [AttentionRule(self.position, NameFilter(self.config.include, self.config.exclude), form)]
 
+    def schemes(self) -> Mapping[str, StrictModel]:
+        return {self.position: self.config.details or self.config.qconfig or StateConfig()}
+
     def notes(self) -> list[str]:
         return [f"{self.position}: {text}" for text in self.config.warnings()]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -9,7 +10,8 @@ from pydantic import Field
 from torch import Tensor
 
 from slim_core.logging import get_logger
-from slim_core.processors.base import LinearRule, Processor, UnitWork
+from slim_core.model.units import LinearInfo
+from slim_core.processors.base import Assignment, LinearRule, LinearWork, Processor, UnitWork
 from slim_core.quantization.kinds import LayerForm, LayerKind
 from slim_core.quantization.layers import SparseFloat
 from slim_core.quantization.statistics import InputStatistics, Need
@@ -22,6 +24,7 @@ __all__ = ["FloatSparse", "FloatSparseConfig"]
 
 _logger = get_logger(__name__)
 _FLOAT16_MAX = torch.finfo(torch.float16).max
+_BLOCKS = 40 << 20
 
 
 class FloatSparseConfig(ProcessorConfig):
@@ -53,6 +56,10 @@ class FloatSparse(Processor):
         needs = frozenset({Need.HESSIAN}) if self.config.sparse_ratio < 1 else frozenset[Need]()
         return [LinearRule(self.position, names, LayerForm(LayerKind.W16A16S), needs)]
 
+    def working_bytes(self, linears: Sequence[LinearInfo], assignments: Mapping[str, Assignment]) -> int:
+        own = [info for info in linears if (a := assignments.get(info.name)) and a.position == self.position]
+        return _BLOCKS + max((_bytes_of(info.out_features, info.in_features) for info in own), default=0)
+
     def process(self, work: UnitWork) -> None:
         unseen: list[str] = []
         known: InputStatistics | None = None
@@ -62,16 +69,9 @@ class FloatSparse(Processor):
             if known is not seen:
                 known, metric = seen, None  # the one before is given back first
                 metric = _metric(seen, name)
-            if metric is None:
+            if metric is None and not seen.is_starved:
                 unseen.append(name)
-            tensor = linear.weight.meta.name
-            exact = all_rows(linear.weight, tensor, work.device)
-            pruned = prune(exact, self.config.sparse_ratio, metric, tensor)
-            importance = None if metric is None else metric.scale
-            weight = reduce_mantissas(pruned, importance, linear.weight.dtype)
-            _warn_of_lost_weights(name, pruned, weight)
-            del pruned
-            work.finish(linear, SparseFloat(weight.cpu(), linear.bias), sqnr(exact, weight))
+            work.finish(linear, *self._pruned(linear, metric, work.device))
         if unseen and 0 < self.config.sparse_ratio < 1:
             _logger.warning(
                 "%s: no calibration sample reached these linears (or only zeros did), so they were pruned by magnitude "
@@ -81,8 +81,26 @@ class FloatSparse(Processor):
             )
 
 
+    def _pruned(
+        self, linear: LinearWork, metric: InputMetric | None, device: torch.device
+    ) -> tuple[SparseFloat, float]:
+        """The linear with the weights that are left, and their signal-to-noise ratio in decibels."""
+        tensor = linear.weight.meta.name
+        exact = all_rows(linear.weight, tensor, device)
+        pruned = prune(exact, self.config.sparse_ratio, metric, tensor)
+        importance = None if metric is None else metric.scale
+        weight = reduce_mantissas(pruned, importance, linear.weight.dtype)
+        _warn_of_lost_weights(linear.info.name, pruned, weight)
+        del pruned
+        return SparseFloat(weight.cpu(), linear.bias), sqnr(exact, weight)
+
+
+def _bytes_of(rows: int, columns: int) -> int:
+    return 15 * rows * columns + 8 * columns * columns
+
+
 def _metric(seen: InputStatistics, name: str) -> InputMetric | None:
-    second_moment = seen.hessian.mean(name)
+    second_moment = None if seen.is_starved else seen.hessian.mean(name)
     return None if second_moment is None else InputMetric.of(second_moment, name)
 
 

@@ -14,6 +14,7 @@ from slim_core.processors.base import Assignment, LinearRule, Processor, UnitWor
 from slim_core.quantization.building import build_layer, check_shape, needs_of
 from slim_core.quantization.kinds import layer_form
 from slim_core.quantization.methods import quantize_weight
+from slim_core.quantization.methods.gptq import gptq_bytes
 from slim_core.recipe import Exclude, Include, LinearQConfig, NameFilter, Phase, ProcessorConfig
 
 __all__ = ["LinearQuant", "LinearQuantConfig"]
@@ -57,6 +58,12 @@ class LinearQuant(Processor):
             assignment = assignments.get(info.name)
             if assignment is not None and assignment.position == self.position:
                 check_shape(assignment.form, info)
+
+    def working_bytes(self, linears: Sequence[LinearInfo], assignments: Mapping[str, Assignment]) -> int:
+        if self.config.qconfig.weight.method != "gptq":
+            return 0
+        own = [info for info in linears if (a := assignments.get(info.name)) and a.position == self.position]
+        return max((gptq_bytes(info.out_features, info.in_features) for info in own), default=0)
 
     def process(self, work: UnitWork) -> None:
         for linear in work.owned_by(self.position):

@@ -39,6 +39,7 @@ def static_parameters(
     """Scale and offset of an int8 input, two float32 tensors ``(1,)``.
 
     The scale is one that the engine's dtype can hold, because it is stored in it; the offset is taken from that scale.
+    An expert that too few tokens reached has the range of all experts of its layer, whatever the method.
 
     Args:
         name: the linear, for errors.
@@ -52,6 +53,8 @@ def static_parameters(
     def grid(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
         return range_parameters(low, high, config.symmetric, dtype)
 
+    if seen.siblings is not None:
+        return grid(*seen.siblings.range.bounds("max", name))
     if config.method == "histogram":
         options = HistogramOptions.of(config.ext)
         histogram = seen.histogram.seen(name, options.bins)

@@ -20,10 +20,16 @@ from torch import Tensor
 from slim_core.quantization.affine import EPSILON, affine_parameters, by_groups
 from slim_core.quantization.row_blocks import for_each_block, rows_per_block
 
-__all__ = ["STEPS", "grouped", "search_matrix", "search_scales"]
+__all__ = ["LOOSE_BOUND", "STEPS", "TIGHT_BOUND", "grouped", "search_matrix", "search_scales"]
 
 _linalg: Any = torch.linalg  # its members have no types
 STEPS = 50
+# How many times the plain squared error of the extremes that of a row may be, where inputs weigh the search: what
+# calibration hardly saw may be seen in service. On the example model the tight bound keeps 84 % to all of what weights
+# gain in ``ssz``, the loose one 95 %; with four bits and one scale per row, the loose one is some 30 % of a Gaussian
+# weight, which looks like a defect unless the method moves weights anyway. It raises the output error of GPTQ by at
+# most 1.2 % there, the tight one by 3.2 %.
+TIGHT_BOUND, LOOSE_BOUND = 2.0, 4.0
 _TOLERANCE = 1e-6
 
 
@@ -79,8 +85,11 @@ class _Trial:
         measured = self.residual
         if self.root is not None:
             measured = torch.mul(self.residual, self.root, out=self._scratch)
-        norm: Tensor = _linalg.vector_norm(measured, dim=-1, keepdim=True)
-        return (norm * scale).square_()
+        return _energy(measured, scale)
+
+    def plain_error(self, scale: Tensor) -> Tensor:
+        """The last error without weights, for the scales that it was taken with."""
+        return _energy(self.residual, scale)
 
     def refit(self, scale: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
         """The scale, and the offset if there is one, that suit the last codes best, in least squares.
@@ -108,6 +117,11 @@ class _Trial:
         return scale * (1 + slope), shifted
 
 
+def _energy(residual: Tensor, scale: Tensor) -> Tensor:
+    norm: Tensor = _linalg.vector_norm(residual, dim=-1, keepdim=True)
+    return (norm * scale).square_()
+
+
 def search_scales(
     rows: Tensor,
     *,
@@ -116,6 +130,7 @@ def search_scales(
     importance: Tensor | None = None,
     steps: int = STEPS,
     thorough: bool = True,
+    plain_bound: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Scales and offsets that lower the squared error of rounding rows, each row of each group by itself.
 
@@ -125,6 +140,7 @@ def search_scales(
             where it is zero throughout is searched as if it were one.
         steps: least-squares steps after the grid, at most; a row stops when a step gains less than a millionth.
         thorough: whether the grid is fine; a coarse one takes half the time.
+        plain_bound: how many times the error of the extremes, both without weights, a row may have at most.
 
     Returns:
         Two float32 tensors ``(groups, rows, 1)``; the offset is integral, and zero if ``symmetric``.
@@ -138,15 +154,19 @@ def search_scales(
     best_scale, best_offset = affine_parameters(low, high, bits, symmetric)
     best_scale = torch.maximum(best_scale, floor)
     best = trial.error(best_scale, best_offset)
+    bound = plain_bound * trial.plain_error(best_scale) if plain_bound is not None and importance is not None else None
     ratios = (_THOROUGH if thorough else _QUICK)[4 if bits <= 4 else 8]
     best_ratio = torch.ones_like(best)
+
+    def allowed(better: Tensor, scale: Tensor) -> Tensor:
+        return better if bound is None else better & (trial.plain_error(scale) <= bound)
 
     def attempt(ratio: Tensor) -> None:
         nonlocal best, best_scale, best_offset, best_ratio
         scale, offset = affine_parameters(low * ratio, high * ratio, bits, symmetric)
         scale = torch.maximum(scale, floor)
         error = trial.error(scale, offset)
-        better = error < best
+        better = allowed(error < best, scale)
         best, best_ratio = torch.where(better, error, best), torch.where(better, ratio, best_ratio)
         best_scale, best_offset = torch.where(better, scale, best_scale), torch.where(better, offset, best_offset)
 
@@ -163,7 +183,7 @@ def search_scales(
         scale, offset = trial.refit(scale, offset)
         scale = torch.maximum(scale, floor)
         error = trial.error(scale, offset)
-        better = active & (error < best)
+        better = allowed(active & (error < best), scale)
         active = active & (best - error > _TOLERANCE * best)
         best = torch.where(better, error, best)
         best_scale, best_offset = torch.where(better, scale, best_scale), torch.where(better, offset, best_offset)
@@ -189,6 +209,7 @@ def search_matrix(
     importance: Tensor | None = None,
     steps: int = STEPS,
     thorough: bool = True,
+    plain_bound: float | None = None,
     device: torch.device | None = None,
 ) -> tuple[Tensor, Tensor]:
     """:func:`search_scales` for a whole matrix ``(out, in)``, in blocks of rows on all threads.
@@ -208,11 +229,13 @@ def search_matrix(
     if importance is not None:
         relative = importance.double() / importance.double().mean().clamp(min=1e-300)
         weights = grouped(relative.float().to(device).unsqueeze(0), group_size)
+    options: dict[str, Any] = {"bits": bits, "symmetric": symmetric, "steps": steps, "thorough": thorough}
+    options["plain_bound"] = plain_bound
     block = max(1, rows_per_block(width, device) // 2)  # the search keeps four such blocks in the cache
 
     def work(start: int) -> None:
         rows = grouped(matrix[start : start + block].to(device=device, dtype=torch.float32), group_size)
-        found = search_scales(rows, bits=bits, symmetric=symmetric, importance=weights, steps=steps, thorough=thorough)
+        found = search_scales(rows, importance=weights, **options)
         for target, values in zip((scale, offset), found, strict=True):
             target[start : start + block] = values.squeeze(2).T
 

@@ -37,16 +37,23 @@ class BlockForwards:
 
     Args:
         inputs: keyword arguments of the model for each sample.
+        extra: the same of extra samples, which are run apart from the others and are in one stream, the last.
     """
 
     def __init__(
-        self, model: StreamedModel, inputs: Sequence[Mapping[str, Any]], device: torch.device, streams: int = 1
+        self,
+        model: StreamedModel,
+        inputs: Sequence[Mapping[str, Any]],
+        device: torch.device,
+        streams: int = 1,
+        extra: Sequence[Mapping[str, Any]] = (),
     ) -> None:
         self._model = model
         self._device = device
         self.samples = len(inputs)
         self._streams = streams
-        self._forward = SuspendedForward(model.module, model.blocks, [*inputs] * streams)
+        self.extra = len(extra)
+        self._forward = SuspendedForward(model.module, model.blocks, [*[*inputs] * streams, *extra])
         self._last: list[Any] = []
         self.count = 0
 
@@ -75,8 +82,11 @@ class BlockForwards:
 
     def compute(self, sample: int, stream: int = -1) -> Any:
         """The output of the current block for a sample, on the device."""
+        return self._compute(self._index(sample, stream))
+
+    def _compute(self, index: int) -> Any:
         self.count += 1
-        call = self._forward.call(self._index(sample, stream))
+        call = self._forward.call(index)
         if self._device.type != "cpu":
             call = BlockCall(call.sample, call.block, moved(call.args, self._device), moved(call.kwargs, self._device))
         return self._forward.compute(call)
@@ -109,9 +119,26 @@ class BlockForwards:
         for sample, output in enumerate(outputs):
             self._resume(sample, output, stream)
 
+    def compute_extra(self, sample: int) -> Any:
+        """The output of the current block for an extra sample, back on the host."""
+        return moved(self._compute(self.samples * self._streams + sample), torch.device("cpu"))
+
+    def hand_on_extra(self, outputs: Sequence[Any]) -> None:
+        """Hand the outputs of the extra samples on to the next block."""
+        for sample, output in enumerate(outputs):
+            self._resume_index(self.samples * self._streams + sample, output)
+
+    def drop_extra(self) -> None:
+        """Nobody needs the extra samples any more."""
+        for sample in range(self.extra):
+            self._forward.abandon(self.samples * self._streams + sample)
+        self.extra = 0
+
     def _resume(self, sample: int, output: Any, stream: int) -> None:
+        self._resume_index(self._index(sample, stream), output)
+
+    def _resume_index(self, index: int, output: Any) -> None:
         """At the last block outputs are dropped: nothing after the blocks is ever calibrated."""
-        index = self._index(sample, stream)
         if self._forward.call(index).block < len(self._model.blocks) - 1:
             self._forward.resume(index, output)
 
@@ -183,7 +210,8 @@ def simulated(root: nn.Module, layers: Mapping[str, QuantizedLinear], device: to
     """Within this context the named linears compute what their quantized forms compute on the target."""
     originals: dict[str, nn.Module] = {}
     for name, layer in layers.items():
-        originals[name] = stand_in(root, name, SimulatedLinear(layer_to(layer, device)))
+        dtype = root.get_parameter(f"{name}.weight").dtype
+        originals[name] = stand_in(root, name, SimulatedLinear(layer_to(layer, device), dtype))
     try:
         yield
     finally:

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from slim_core.quantization.kinds import LayerKind
-from slim_core.runners.plan import Plan, PlannedLinear, PlannedUnit
+from slim_core.runners.plan import Plan, PlannedUnit
 from slim_core.runners.plan_attention import FLOAT, PlannedAttention
+from slim_core.runners.plan_linears import PlannedLinear
 from slim_core.sizes import human_size
 
 __all__ = ["render_plan", "render_summary"]
@@ -27,6 +28,7 @@ def render_summary(plan: Plan) -> str:
         ("runner", f"{plan.runner.name}: {plan.runner.reason}"),
         ("device", str(plan.devices)),
         ("data", _data(plan)),
+        *([("experts", text)] if (text := plan.experts.summary()) else []),
         ("output", _output(plan)),
         ("memory", f"about {human_size(plan.peak_memory)} beyond the process itself"),
     ]

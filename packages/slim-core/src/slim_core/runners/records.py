@@ -9,7 +9,7 @@ from typing import Any
 
 from slim_core.smoothing.scales import SmoothingNote
 
-__all__ = ["AttentionRecord", "LinearRecord", "RunResult", "StateRecord", "UnitRecord"]
+__all__ = ["AttentionRecord", "ExpertRecord", "LinearRecord", "RunResult", "StarvedExpert", "StateRecord", "UnitRecord"]
 
 
 @dataclass(frozen=True)
@@ -68,11 +68,55 @@ class AttentionRecord:
         return cls(note["name"], note["becomes"], note["tokens"], states)
 
 
+@dataclass(frozen=True)
+class StarvedExpert:
+    """An expert to which too few tokens were routed.
+
+    Args:
+        expert: its number.
+        routed: the tokens that its router gave it.
+        extra, forced: what its statistics learned besides: tokens of extra samples, and such as went elsewhere.
+        rule: how it was quantized; None if that was enough, so that it was quantized like all others.
+    """
+
+    expert: int
+    routed: int
+    extra: int
+    forced: int
+    rule: str | None
+
+    @property
+    def tokens(self) -> int:
+        return self.routed + self.extra + self.forced
+
+
+@dataclass(frozen=True)
+class ExpertRecord:
+    """Where the tokens of a layer of experts went.
+
+    Args:
+        name: the module that holds the experts.
+        counts: the tokens that were routed to each.
+        starved: those to which fewer than the quota were routed, or none at all.
+    """
+
+    name: str
+    counts: tuple[int, ...]
+    starved: tuple[StarvedExpert, ...] = ()
+
+    @classmethod
+    def recalled(cls, note: Mapping[str, Any]) -> ExpertRecord:
+        """A record from its JSON form."""
+        starved = tuple(StarvedExpert(**expert) for expert in note["starved"])
+        return cls(note["name"], tuple(note["counts"]), starved)
+
+
 @dataclass
 class RunResult:
     """What a run did, for the report.
 
     Args:
+        extra_samples: those that only experts below the quota learned from.
         block_forwards: forward passes of single blocks that were run.
         stage_forwards: those of the stages ahead of the main one.
         peak_bytes: the most memory the process ever had.
@@ -83,9 +127,11 @@ class RunResult:
     linears: list[LinearRecord] = field(default_factory=list[LinearRecord])
     attentions: list[AttentionRecord] = field(default_factory=list[AttentionRecord])
     smoothed: list[SmoothingNote] = field(default_factory=list[SmoothingNote])
+    experts: list[ExpertRecord] = field(default_factory=list[ExpertRecord])
     units: list[UnitRecord] = field(default_factory=list[UnitRecord])
     warnings: list[str] = field(default_factory=list[str])
     samples: int = 0
+    extra_samples: int = 0
     block_forwards: int = 0
     stage_forwards: int = 0
     resumed_units: int = 0

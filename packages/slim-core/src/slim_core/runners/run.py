@@ -22,9 +22,10 @@ from slim_core.memory import give_back_freed_memory, peak_memory, resident_memor
 from slim_core.model.units import StreamedModel
 from slim_core.progress import Progress
 from slim_core.runners.calibration import BlockForwards
+from slim_core.runners.expert_tokens import starved_warning
 from slim_core.runners.plan import Plan
 from slim_core.runners.prior import LEARNED_FILE, StageInputs, keep_learned, learned_before, run_stages
-from slim_core.runners.records import AttentionRecord, LinearRecord, RunResult, UnitRecord
+from slim_core.runners.records import AttentionRecord, ExpertRecord, LinearRecord, RunResult, UnitRecord
 from slim_core.runners.unit_run import Bench, UnitRun
 from slim_core.savers.base import Output, PlannedTensor
 from slim_core.smoothing.scales import SmoothingNote
@@ -42,6 +43,7 @@ def run_plan(
     fingerprint: str,
     progress: Progress,
     calibration: Callable[[], Inputs] | None = None,
+    extra_calibration: Callable[[], Inputs] = tuple,
     stage_calibration: StageInputs | None = None,
     propagate: str = "float",
     resume: bool = False,
@@ -54,6 +56,7 @@ def run_plan(
         fingerprint: identifies model, recipe, data and version for ``resume``.
         calibration: gives the keyword arguments of the model for each forward, tensors with samples in their first
             dimension; called only if the plan needs data.
+        extra_calibration: the same of the extra samples; called only if the plan has any.
         stage_calibration: the same for the calibration set of a stage ahead of the main one.
         propagate: ``float`` or ``quantized``, what a block hands to the next one during calibration.
         finish: writes further files into the finished folder before it appears.
@@ -86,10 +89,17 @@ def run_plan(
             if plan.needs_data and calibration is not None:
                 inputs = calibration()
                 result.samples = sum(_samples(batch) for batch in inputs)
-                bench.forwards = stack.enter_context(BlockForwards(model, inputs, plan.devices.first, plan.streams))
+                quota = plan.experts.quota
+                extra = extra_calibration() if quota is not None and quota.extra.count else ()
+                result.extra_samples = sum(_samples(batch) for batch in extra)
+                forwards = BlockForwards(model, inputs, plan.devices.first, plan.streams, extra)
+                bench.forwards = stack.enter_context(forwards)
             with torch.no_grad():
                 _work_through(bench, progress)
             writer.finish()
+        if (text := starved_warning(result, plan.experts.quota)) is not None:
+            _logger.warning("%s", text)
+            result.warnings.append(text)
         extras = [found for processor in plan.processors if (found := processor.extras()) is not None]
         plan.saver.complete(staging.folder, model, plan.output, extras)
         result.seconds = time.monotonic() - began
@@ -144,6 +154,7 @@ def _recall(journal: Path, result: RunResult) -> None:
             result.linears += [LinearRecord(**linear) for linear in note["linears"]]
             result.attentions += [AttentionRecord.recalled(attention) for attention in note.get("attentions", ())]
             result.smoothed += [SmoothingNote.recalled(smoothing) for smoothing in note.get("smoothing", ())]
+            result.experts += [ExpertRecord.recalled(layer) for layer in note.get("experts", ())]
 
 
 def _work_through(bench: Bench, progress: Progress) -> None:
@@ -155,7 +166,7 @@ def _work_through(bench: Bench, progress: Progress) -> None:
         _prefetch(bench, position + 1)
         progress.begin(unit.name)
         began, linears, attentions = time.monotonic(), len(result.linears), len(result.attentions)
-        smoothed = len(result.smoothed)
+        smoothed, experts = len(result.smoothed), len(result.experts)
         finished = unit.name in bench.staging.finished
         run = UnitRun(bench, unit, finished=finished)
         if unit.block is not None and bench.forwards is not None:
@@ -170,6 +181,7 @@ def _work_through(bench: Bench, progress: Progress) -> None:
             note["linears"] = [asdict(record) for record in result.linears[linears:]]
             note["attentions"] = [asdict(record) for record in result.attentions[attentions:]]
             note["smoothing"] = [asdict(record) for record in result.smoothed[smoothed:]]
+            note["experts"] = [asdict(record) for record in result.experts[experts:]]
             bench.writer.after_writing(lambda name=unit.name, note=note: bench.staging.record(name, note))
         if not plan.runner.keeps_model:
             model.source.release(unit.tensors.values())

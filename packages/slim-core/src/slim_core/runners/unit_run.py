@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from slim_core.checkpoint.staging import Staging
 from slim_core.checkpoint.writer import ShardedWriter
+from slim_core.model.experts import ExpertLayer
 from slim_core.model.units import StreamedModel, Unit
 from slim_core.model.weights import UnitWeights
 from slim_core.processors.base import AttentionWork, LinearWork, StateRequest, UnitWork
 from slim_core.quantization.attention import QuantizedAttention
 from slim_core.quantization.layers import QuantizedLinear
-from slim_core.quantization.statistics import InputObserver, InputStatistics, Need
+from slim_core.quantization.statistics import Hessian, InputObserver, InputStatistics, Need, TokenSample
 from slim_core.quantization.statistics.attention import AttentionStatistics
 from slim_core.runners.attention_run import attention_record, attention_work, ranges_for, statistics_for, taps_of
 from slim_core.runners.calibration import BlockForwards, KeptBlock, simulated, simulating_taps
+from slim_core.runners.expert_tokens import ExpertTokens
 from slim_core.runners.plan import Plan
 from slim_core.runners.records import LinearRecord, RunResult
 from slim_core.savers.base import PlannedTensor
@@ -41,21 +45,25 @@ class Bench:
 
 @dataclass
 class _Observed:
-    """What was seen of a block: the inputs of its linears, the states of its attentions that are quantized, and the
-    ranges of states that processors asked for."""
+    """What was seen of a block: the inputs of its linears, the states of its attentions that are quantized, the ranges
+    of states that processors asked for, and where tokens went; and what it made of the extra samples."""
 
     inputs: dict[str, InputStatistics] = field(default_factory=dict[str, InputStatistics])
     states: dict[str, AttentionStatistics] = field(default_factory=dict[str, AttentionStatistics])
     ranges: dict[str, AttentionStatistics] = field(default_factory=dict[str, AttentionStatistics])
+    experts: ExpertTokens | None = None
+    extra: list[Any] = field(default_factory=list[Any])
 
 
 @dataclass(frozen=True)
 class _Watched:
-    """What is to be observed: needs by linear, which attentions that are quantized, and ranges of states."""
+    """What is to be observed: needs by linear, which attentions that are quantized, ranges of states, and whether to
+    look after experts."""
 
     requests: Mapping[str, frozenset[Need]] = field(default_factory=dict[str, frozenset[Need]])
     attention: Callable[[str], bool] = lambda _name: False
     states: Collection[StateRequest] = ()
+    experts: bool = False
 
 
 class UnitRun:
@@ -71,6 +79,7 @@ class UnitRun:
         self._write = not finished
         self._layers: dict[str, QuantizedLinear] = {}
         self._attentions: dict[str, QuantizedAttention] = {}
+        self._waiting: Counter[int] = Counter()
         self._began = time.monotonic()
 
     def without_data(self) -> None:
@@ -87,33 +96,66 @@ class UnitRun:
         fresh, again = (self._fresh(), self._fresh_states()) if works else ({}, frozenset[str]())
         keep = works and (bool(fresh or again) or any(processor.runs_block for processor in plan.processors))
         targets: list[Any] = []
-        if plan.streams > 1:
-            targets = forwards.run(hand_on=True, stream=0, keep=keep)
-        observed = _Observed()
+        observed, experts = _Observed(), None
         requests = {name: needs - fresh.get(name, frozenset()) for name, needs in plan.requests.items()}
-        if plan.streams == 1 or (works and self._observes(requests)):
+        observes = plan.streams == 1 or (works and self._observes(requests))
+        if plan.streams > 1:
+            experts = None if observes else self._watch_experts(forwards)
+            targets = forwards.run(hand_on=True, stream=0, keep=keep)
+        if observes:
             hand_on = not (bench.propagate_quantized or keep)
-            watched = _Watched(requests, lambda name: name not in again, plan.states) if works else _Watched()
+            watched = _Watched(requests, lambda name: name not in again, plan.states, True) if works else _Watched()
             observed, outputs = self._observe(forwards, watched, hand_on, keep and plan.streams == 1)
             targets = targets or outputs
+            if (experts := observed.experts) is not None:
+                experts.help_starved(observed.inputs)
+        self._note_experts(experts)
+        if not bench.propagate_quantized and not observed.extra:
+            observed.extra = [forwards.compute_extra(sample) for sample in range(forwards.extra)]
         if works:
             work = self._work(observed, live=True)
+            work.starved = experts.barely_routed() if experts is not None else frozenset()
             work.block = KeptBlock(bench.model, forwards, targets, device) if keep else None
             self._reshape(work)
             if fresh or again:
-                anew, _ = self._observe(forwards, _Watched(fresh, again.__contains__), hand_on=False, keep=False)
+                watched = _Watched(fresh, again.__contains__, experts=bool(fresh))
+                anew, _ = self._observe(forwards, watched, hand_on=False, keep=False)
                 work.statistics.update(_joined(work.statistics, anew.inputs))
                 work.attentions.update(attention_work(unit, plan.attentions, anew.states, again))
             self._quantize(work)
+        if (quota := plan.experts.quota) is not None and unit.name == quota.units[-1]:
+            forwards.drop_extra()
         if bench.propagate_quantized:
             taps = simulating_taps(self._attentions, device)
             with simulated(bench.model.module, self._layers, device), bench.model.tapped(taps):
                 forwards.run(hand_on=True)
+                forwards.hand_on_extra([forwards.compute_extra(sample) for sample in range(forwards.extra)])
         elif keep:
             forwards.hand_on(targets)
+        if not bench.propagate_quantized and forwards.extra:
+            forwards.hand_on_extra(observed.extra)
         bench.result.block_forwards = forwards.count
         if not plan.runner.keeps_model:
             bench.model.unload([*unit.parameters, *unit.added])
+
+    @property
+    def _layers_of_experts(self) -> Sequence[ExpertLayer]:
+        return self._bench.plan.experts.layers.get(self._unit.name, ())
+
+    def _watch_experts(self, forwards: BlockForwards) -> ExpertTokens | None:
+        if not self._layers_of_experts:
+            return None
+        quota, module = self._bench.plan.experts.quota, self._bench.model.module
+        if quota is None or self._unit.name not in quota.units:
+            return ExpertTokens(module, self._layers_of_experts)
+        tokens = forwards.tokens() if quota.routes else None
+        return ExpertTokens(module, self._layers_of_experts, quota.minimum, tokens)
+
+    def _note_experts(self, experts: ExpertTokens | None) -> None:
+        if experts is not None:
+            experts.stop()
+            if self._write:
+                self._bench.result.experts += experts.records(self._bench.plan)
 
     def _fresh(self) -> dict[str, frozenset[Need]]:
         """What must be observed once more after the block was reshaped."""
@@ -143,10 +185,16 @@ class UnitRun:
                 observer.watch(info.name, model.module.get_submodule(info.name), needs)
         seen = statistics_for(self._unit, plan.attentions, forwards.tokens(), watched.attention)
         ranges = ranges_for(self._unit, watched.states)
+        experts = self._watch_experts(forwards) if watched.experts else None
         with model.tapped(taps_of(seen, ranges)):
             outputs = forwards.run(hand_on=hand_on, keep=keep)
+        extra: list[Any] = []
+        if experts is not None:
+            extra = experts.add_extra(forwards, observer)
+            experts.route(observer)
+            experts.stop()
         observer.stop()
-        return _Observed(observer.statistics, seen, ranges), outputs
+        return _Observed(observer.statistics, seen, ranges, experts, extra), outputs
 
     def _work(self, observed: _Observed, *, live: bool) -> UnitWork:
         bench, unit, plan = self._bench, self._unit, self._bench.plan
@@ -157,10 +205,8 @@ class UnitRun:
             for info in unit.linears
             if info.name in plan.assignments
         }
-
-        def finish(linear: LinearWork, layer: QuantizedLinear, sqnr_db: float) -> None:
-            self._finish(work, linear, layer, sqnr_db)
-
+        # Nothing that the work holds may hold the work, or statistics would outlive the unit.
+        finish = partial(self._finish, observed.inputs)
         work = UnitWork(unit.name, linears, observed.inputs, bench.model.dtype, device, finish)
         work.attentions = attention_work(unit, plan.attentions, observed.states)
         work.states = observed.ranges
@@ -180,6 +226,7 @@ class UnitRun:
         bench = self._bench
         assert work.weights is not None
         work.weights.fill()
+        self._waiting = Counter(id(work.statistics[name]) for name in work.linears if name in work.statistics)
         for processor in bench.plan.processors:
             if not processor.reshapes:
                 processor.process(work)
@@ -187,11 +234,17 @@ class UnitRun:
             tensors = [tensor for tensor in bench.by_unit[self._unit.name] if tensor.owner is None]
             bench.plan.saver.write_untouched(bench.writer, bench.model, self._unit, work.weights, tensors)
 
-    def _finish(self, work: UnitWork, linear: LinearWork, layer: QuantizedLinear, sqnr_db: float) -> None:
+    def _finish(
+        self,
+        statistics: Mapping[str, InputStatistics],
+        linear: LinearWork,
+        layer: QuantizedLinear,
+        sqnr_db: float,
+    ) -> None:
         bench, name = self._bench, linear.info.name
+        seen = statistics.get(name)
         if self._write:
             bench.plan.saver.write_layer(bench.writer, linear.info, layer)
-            seen = work.statistics.get(name)
             low, high = (seen.range.minimum, seen.range.maximum) if seen and seen.tokens else (None, None)
             seconds, self._began = time.monotonic() - self._began, time.monotonic()
             tokens = seen.tokens if seen else None
@@ -200,6 +253,10 @@ class UnitRun:
             self._layers[name] = layer
         if bench.forwards is None:
             linear.weight.release()
+        if seen is not None:
+            self._waiting[id(seen)] -= 1
+            if not self._waiting[id(seen)]:  # the last linear with this input: what took the most memory goes
+                seen.hessian, seen.kept = Hessian(), TokenSample(0)
 
     def _finish_attention(self, work: AttentionWork, quantized: QuantizedAttention) -> None:
         bench = self._bench
@@ -212,8 +269,14 @@ class UnitRun:
 
 def _joined(old: Mapping[str, InputStatistics], new: Mapping[str, InputStatistics]) -> dict[str, InputStatistics]:
     """What was observed anew, with all that the first observation had besides."""
+    joined = dict(new)
     for name, seen in new.items():
         if (before := old.get(name)) is not None:
+            if before.is_starved:
+                joined[name] = before
+                continue
+            if before.tokens and not seen.tokens:  # scales are rounded, and by a hair the router chose another expert
+                seen.siblings = before
             seen.needs |= before.needs
             seen.channels, seen.hessian, seen.kept = before.channels, before.hessian, before.kept
-    return dict(new)
+    return joined

@@ -274,11 +274,17 @@ def check_layout(form: LayerForm, info: LinearInfo) -> None:
     odd: str | None = None
     if form.kind is LayerKind.W4A8_DYNAMIC and row_parallel(info.prefix) and info.in_features % 16:
         odd = f"engines cut it into 16 parts along its {info.in_features} input features"
-    elif (form.kind is LayerKind.W4A8_DYNAMIC or (form.kind is LayerKind.W4A16 and form.group_size)) and (
-        info.out_features % 2
-    ):
+    elif info.out_features % 2 and _packs_rows(form):
         odd = f"rows are packed in pairs, but it has {info.out_features} output features"
-    elif info.in_features % 2 and (form.kind is LayerKind.W4A16 or form.kind.startswith(("W4A8_MX", "W4A4_MX"))):
+    elif info.in_features % 2 and _packs_columns(form):
         odd = f"columns are packed in pairs, but it has {info.in_features} input features"
     if odd:
         raise UnsupportedError(f"cannot become {form.kind}: {odd}", where=info.name, remedy="exclude this linear")
+
+
+def _packs_rows(form: LayerForm) -> bool:
+    return form.kind is LayerKind.W4A8_DYNAMIC or (form.kind is LayerKind.W4A16 and form.group_size > 0)
+
+
+def _packs_columns(form: LayerForm) -> bool:
+    return (form.kind is LayerKind.W4A16 and not form.group_size) or form.kind.startswith(("W4A8_MX", "W4A4_MX"))

@@ -129,6 +129,12 @@ class Saver(ABC):
         What is stored as it will be written is copied without being held.
         """
         edited = {unit.parameters.get(name): view for name, view in weights.edited()}
+        if in_parts := sorted(name for name in edited if name is not None and name in model.joined):
+            raise UnsupportedError(
+                "a processor changes this tensor, which the checkpoint stores in parts",
+                where=in_parts[0],
+                remedy="leave that processor out for this module",
+            )
         for tensor in tensors:
             if tensor.added is not None:
                 writer.put(tensor.meta.name, weights[tensor.added].stored_form())

@@ -17,7 +17,7 @@ from slim_core.quantization.attention import AttentionForm
 from slim_core.quantization.kinds import LayerForm, LayerKind
 from slim_core.savers.ascendv1_attention import engine_class
 
-__all__ = ["attention_class", "engines", "is_loadable", "layer_class", "loads_attention", "lost_biases"]
+__all__ = ["attention_class", "engines", "fused_leaves", "is_loadable", "layer_class", "loads_attention", "lost_biases"]
 __all__ += ["mixed_fusions", "obstacle", "reads_ascendv1", "refused_together", "unloadable", "unloadable_attentions"]
 
 MAIN_ENGINE = "vllm-ascend"
@@ -39,6 +39,11 @@ def engines() -> list[str]:
 def reads_ascendv1(engine: str) -> bool:
     """Whether an engine takes folders of this format; others know the layers, but want other files around them."""
     return "format" not in _tables()[engine]
+
+
+def fused_leaves() -> list[list[str]]:
+    """Last parts of the names of linears that engines fuse, because they read the same input."""
+    return _tables()["fused"]
 
 
 def layer_class(name: str) -> str:
@@ -149,7 +154,7 @@ def mixed_fusions(kinds: Mapping[str, LayerForm | str]) -> list[str]:
         parents.setdefault(parent, {})[leaf] = str(kind if isinstance(kind, str) else replace(kind, symmetric=True))
     warnings: dict[str, list[str]] = {}
     for parent, leaves in parents.items():
-        for fused in _tables()["fused"]:
+        for fused in fused_leaves():
             present = {leaf: leaves[leaf] for leaf in fused if leaf in leaves}
             if len(set(present.values())) > 1:
                 text = ", ".join(f"{leaf} {kind}" for leaf, kind in present.items())

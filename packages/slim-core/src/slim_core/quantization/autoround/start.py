@@ -10,7 +10,7 @@ from torch import Tensor
 from slim_core.quantization.affine import by_groups
 from slim_core.quantization.autoround.rounding import WeightGrid, WeightRange, fake_quantized
 from slim_core.quantization.row_blocks import for_each_block, rows_per_block
-from slim_core.quantization.scale_search import search_matrix
+from slim_core.quantization.scale_search import LOOSE_BOUND, search_matrix
 
 __all__ = ["searched_factors"]
 
@@ -32,7 +32,12 @@ def searched_factors(
         Two new float32 tensors ``(rows, groups, 1)``, not negative; a little more than 1 where a wider range is better.
     """
     scale, offset = search_matrix(
-        weight, bits=grid.bits, symmetric=grid.symmetric, group_size=group_size, importance=energy
+        weight,
+        bits=grid.bits,
+        symmetric=grid.symmetric,
+        group_size=group_size,
+        importance=energy,
+        plain_bound=LOOSE_BOUND,
     )
     scale, offset = scale.unsqueeze(2), offset.unsqueeze(2)
     if grid.symmetric:

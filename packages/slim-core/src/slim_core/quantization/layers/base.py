@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
+import torch
 from torch import Tensor, nn
 
 from slim_core.quantization.kinds import LayerKind
@@ -33,11 +34,27 @@ class QuantizedLinear(Protocol):
 
 
 class SimulatedLinear(nn.Module):
-    """A quantized linear in the place of the float one."""
+    """A quantized linear in the place of the float one.
 
-    def __init__(self, layer: QuantizedLinear) -> None:
+    Args:
+        dtype: that of the float weight. Some models ask a linear for it before they call it, and some multiply by its
+            ``weight`` themselves; those meet the weight that the codes stand for, and no quantized activations.
+    """
+
+    def __init__(self, layer: QuantizedLinear, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         self.layer = layer
+        self.out_features, self.in_features = layer.weight.shape
+        self._dtype = dtype
+
+    @property
+    def weight(self) -> Tensor:
+        """``(out, in)``; made anew every time, so that nothing is held."""
+        return self.layer.dequantized().to(self._dtype)
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.layer.bias
 
     def forward(self, x: Tensor) -> Tensor:
         return self.layer.simulate(x)

@@ -12,7 +12,7 @@ from slim_core.quantization.methods.floating import fp8_weight
 from slim_core.quantization.methods.gptq import GptqOptions, gptq_weight
 from slim_core.quantization.methods.minmax import minmax_weight
 from slim_core.quantization.methods.sparse import FRACTION, SIGMA_FACTOR, sparse_weight
-from slim_core.quantization.methods.ssz import SszOptions, ssz_weight
+from slim_core.quantization.methods.ssz import SszOptions, rounded_weight, ssz_weight
 from slim_core.quantization.statistics import InputStatistics
 from slim_core.quantization.weights import MxWeight, QuantizedWeight, RowSource
 from slim_core.recipe.qconfig import WeightConfig
@@ -39,7 +39,7 @@ def quantize_weight(
         form: the layer it is for.
         tensor, linear: names of the tensor and of the module, for errors.
         device: where to compute.
-        seen: what is known of the inputs, for methods that use it.
+        seen: what is known of the inputs, for methods that use it; of a starved expert they use nothing.
 
     Raises:
         InvalidModelError: the weight or its inputs hold NaN or infinity.
@@ -49,6 +49,7 @@ def quantize_weight(
     if form.kind is LayerKind.WFP8AFP8_DYNAMIC:
         return fp8_weight(weight, name=tensor, device=device)
     bits = form.kind.weight_bits
+    starved = seen is not None and seen.is_starved
     match config.method:
         case "ssz":
             options = SszOptions.of(config.ext)
@@ -59,7 +60,11 @@ def quantize_weight(
                 steps=options.steps,
                 name=tensor,
                 device=device,
-                importance=_mean_square(seen, linear) if options.weighted else None,
+                importance=_mean_square(seen, linear) if options.weighted and not starved else None,
+            )
+        case "gptq" if starved:
+            return rounded_weight(
+                weight, bits=bits, symmetric=form.symmetric, group_size=form.group_size, name=tensor, device=device
             )
         case "gptq":
             return gptq_weight(

@@ -1,7 +1,8 @@
 """The ``ssz`` weight method: scales with the least squared error, by a grid and alternating least squares.
 
 The error may be weighted by the mean square of every input (``ext.weighted``): a first approximation of the error in
-the output of the linear, where the inputs are not correlated.
+the output of the linear, where the inputs are not correlated. An input that calibration hardly saw may be seen in
+service, so its weights are not given up: the error without weights stays within a bound too.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch import Tensor
 from slim_core.errors import InvalidModelError
 from slim_core.quantization.affine import EPSILON, affine_parameters, by_groups, dequantize_groups, quantize_groups
 from slim_core.quantization.row_blocks import decibels, for_each_block, rows_per_block
-from slim_core.quantization.scale_search import STEPS, search_matrix
+from slim_core.quantization.scale_search import STEPS, TIGHT_BOUND, search_matrix
 from slim_core.quantization.weights import QuantizedWeight, RowSource
 from slim_core.recipe.qconfig import Ext
 
@@ -49,7 +50,8 @@ def ssz_weight(
 ) -> QuantizedWeight:
     """Quantize a weight symmetrically, every row or group of its columns with the scale of least squared error.
 
-    The (weighted) error of a row or group is never above that of ``minmax``.
+    The (weighted) error of a row or group is never above that of ``minmax``; with weights, its error without them is
+    never above twice that of ``minmax``.
 
     Args:
         weight: float matrix ``(out, in)``.
@@ -101,7 +103,13 @@ def rounded_weight(
     def work(start: int) -> tuple[float, float]:
         rows = finite_rows(weight, start, min(start + block, out), name).to(where)
         found = search_matrix(
-            rows, bits=bits, symmetric=symmetric, group_size=group_size, importance=importance, steps=steps
+            rows,
+            bits=bits,
+            symmetric=symmetric,
+            group_size=group_size,
+            importance=importance,
+            steps=steps,
+            plain_bound=TIGHT_BOUND,
         )
         found = _never_above_minmax(rows, found, counts, bits, symmetric)
         quantized = quantize_groups(rows, *found, bits)
@@ -133,17 +141,22 @@ def finite_rows(weight: RowSource, start: int, stop: int, name: str) -> Tensor:
 def _never_above_minmax(
     rows: Tensor, found: tuple[Tensor, Tensor], counts: Tensor, bits: int, symmetric: bool
 ) -> tuple[Tensor, Tensor]:
-    """The found scales and offsets, or those of the extremes where these are better: decided in float64."""
+    """The found scales and offsets, or those of the extremes where these are better: decided in float64.
+
+    They are better too where the plain error of what was found is beyond its bound.
+    """
     groups = found[0].shape[1]
     grouped = by_groups(rows, groups)
     plain = affine_parameters(grouped.amin(2), grouped.amax(2), bits, symmetric)
 
-    def errors(scale: Tensor, offset: Tensor) -> Tensor:
+    def errors(scale: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
         levels = quantize_groups(rows, scale, offset, bits).double()
         exact = (by_groups(levels, groups) - offset.double().unsqueeze(2)) * scale.double().unsqueeze(2)
-        return ((exact - grouped).square_() * counts).sum(2)
+        squares = (exact - grouped).square_()
+        return (squares * counts).sum(2), squares.sum(2)
 
-    worse = errors(*found) > errors(*plain)
+    (new_weighted, new_plain), (old_weighted, old_plain) = errors(*found), errors(*plain)
+    worse = (new_weighted > old_weighted) | (new_plain > TIGHT_BOUND * old_plain)
     scale, offset = (torch.where(worse, old, new) for old, new in zip(plain, found, strict=True))
     return scale, offset
 

@@ -8,6 +8,7 @@ from slim_core.quantization.statistics.hessian import Hessian
 from slim_core.quantization.statistics.histogram import Histogram
 from slim_core.quantization.statistics.inputs import InputObserver, InputStatistics, Need
 from slim_core.quantization.statistics.ranges import TensorRange, observe_range
+from slim_core.quantization.statistics.tokens import TokenSample
 
 __all__ = [
     "ChannelStatistics",
@@ -17,5 +18,6 @@ __all__ = [
     "InputStatistics",
     "Need",
     "TensorRange",
+    "TokenSample",
     "observe_range",
 ]

@@ -12,6 +12,8 @@ from slim_core.errors import InvalidModelError
 
 __all__ = ["Hessian"]
 
+_BLOCK_ELEMENTS = 1 << 20
+
 
 @dataclass
 class Hessian:
@@ -54,14 +56,20 @@ class Hessian:
         """
         if self.total is None:
             return Hessian()
-        matrix = self.total.double()
+        device, width = self.total.device, len(self.total)
+        inverse = 1 / scale.to(device, torch.float64)
+        z = m = torch.zeros(0)
         if shift is not None:
             assert total is not None
-            z, m = shift.to(matrix).double(), total.to(matrix)
-            cross = torch.outer(m, z)
-            matrix = matrix - cross - cross.T + self.tokens * torch.outer(z, z)
-        inverse = 1 / scale.to(matrix).double()
-        return Hessian((inverse[:, None] * matrix * inverse).float(), self.tokens, self.shared)
+            z, m = shift.to(device, torch.float64), total.to(device, torch.float64)
+        result = torch.empty_like(self.total)
+        step = max(1, _BLOCK_ELEMENTS // width)
+        for rows in (slice(start, start + step) for start in range(0, width, step)):
+            part = self.total[rows].double()
+            if shift is not None:
+                part = part - torch.outer(m[rows], z) - torch.outer(z[rows], m) + self.tokens * torch.outer(z[rows], z)
+            result[rows] = inverse[rows, None] * part * inverse
+        return Hessian(result, self.tokens, self.shared)
 
     def checked(self, name: str) -> Tensor | None:
         """``total``, not to be changed; None if nothing was seen.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
@@ -41,6 +41,8 @@ class InputStatistics:
 
     Args:
         kept: a sample of the tokens themselves, at most :data:`SAMPLED_TOKENS`.
+        siblings: only of an expert that too few tokens reached: what all experts of its layer saw of this input. Its
+            range takes the place of the own one, and methods that need to know more do without.
     """
 
     needs: frozenset[Need] = frozenset()
@@ -49,10 +51,16 @@ class InputStatistics:
     channels: ChannelStatistics = field(default_factory=ChannelStatistics)
     hessian: Hessian = field(default_factory=Hessian)
     kept: TokenSample = field(default_factory=lambda: TokenSample(SAMPLED_TOKENS))
+    siblings: InputStatistics | None = None
 
     @property
     def tokens(self) -> int:
         return self.range.tokens
+
+    @property
+    def is_starved(self) -> bool:
+        """Whether too few tokens were seen to learn from."""
+        return self.siblings is not None
 
     def update(self, x: Tensor) -> None:
         """Take in activations ``(batch, ..., channels)``."""
@@ -94,6 +102,7 @@ class InputStatistics:
             channels=channels,
             hessian=self.hessian.rescaled(scale, shift, self.channels.total),
             kept=self.kept.rescaled(scale, shift),
+            siblings=None if self.siblings is None else self.siblings.rescaled(scale, shift),
         )
 
 
@@ -111,8 +120,12 @@ class InputObserver:
     """Watches the inputs of some linears while a unit runs.
 
     Linears that are always given the very same tensor (q, k and v; gate and up) share one set of statistics.
+
+    Args:
+        only: the linears that are looked at for now; None: all that are watched.
     """
 
+    only: Container[str] | None = None
     _watched: dict[str, _Watched] = field(default_factory=dict[str, _Watched])
     _handles: list[Any] = field(default_factory=list[Any])
     _last: tuple[weakref.ref[Tensor], str] | None = None
@@ -129,6 +142,8 @@ class InputObserver:
         self._handles.append(linear.register_forward_pre_hook(hook, with_kwargs=True))
 
     def _see(self, name: str, x: Tensor) -> None:
+        if self.only is not None and name not in self.only:
+            return
         watched = self._watched[name]
         watched.calls += 1
         if self._last is not None and self._last[0]() is x:
