@@ -7,7 +7,8 @@ from typing import Any, cast
 from slim_core.devices import Devices
 from slim_core.quantization.kinds import LayerKind
 from slim_core.runners.choice import RunnerChoice
-from slim_core.runners.plan import Plan, PlannedLinear, PlannedUnit
+from slim_core.runners.plan import Plan, PlannedUnit
+from slim_core.runners.plan_linears import PlannedLinear
 from slim_core.runners.plan_text import render_plan, render_summary
 from slim_core.savers.ascendv1 import AscendV1Saver, AscendV1SaverConfig
 from slim_core.savers.base import Output

@@ -73,10 +73,30 @@ FAMILIES |= {
     "minimax_m2": ("MiniMaxM2Config", {"num_local_experts": 4, "num_experts_per_tok": 2, "rotary_dim": 4}),
     "deepseek_v2": ("DeepseekV2Config", MLA | FOUR | {"n_routed_experts": 4, "topk_method": "group_limited_greedy"}),
     "deepseek_v3": ("DeepseekV3Config", MLA | FOUR | {"n_routed_experts": 8, "num_experts_per_tok": 4}),
+    "deepseek_v32": (
+        "DeepseekV32Config",
+        MLA | {"first_k_dense_replace": 3, "index_topk": 8, "index_head_dim": 16, "index_n_heads": 2},
+    ),
+    "mamba": (
+        "MambaConfig",
+        {"state_size": 4, "num_attention_heads": None, "num_key_value_heads": None, "head_dim": None},
+    ),
     "glm4_moe": (
         "Glm4MoeConfig",
         FOUR | {"n_routed_experts": 4, "n_shared_experts": 1, "first_k_dense_replace": 1, "n_group": 1},
     ),
+    # A norm whose output is gated before anything reads it; a block that is called by several layers.
+    "minimax": (
+        "MiniMaxConfig",
+        {"num_local_experts": 4, "num_experts_per_tok": 2, "num_hidden_layers": 2}
+        | {"layer_types": ["full_attention", "linear_attention"]},
+    ),
+    "zamba2": (
+        "Zamba2Config",
+        {"num_hidden_layers": 4, "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"], "num_mem_blocks": 1}
+        | {"mamba_headdim": 8, "n_mamba_heads": 8, "mamba_ngroups": 1, "mamba_d_state": 8, "head_dim": None},
+    ),
+    "olmo": ("OlmoConfig", {"clip_qkv": 50.0}),
     "olmoe": ("OlmoeConfig", {"num_experts": 4, "num_experts_per_tok": 2}),
     "gpt_oss": ("GptOssConfig", {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 8}),
     "llama4": ("Llama4TextConfig", {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size_mlp": 40}),
@@ -87,6 +107,10 @@ FAMILIES |= {
         | {"num_layers": 2, "ffn_hidden_size": 40, "expert_ffn_hidden_size": 24, "n_routed_experts": 4}
         | {"zero_expert_num": 2, "moe_topk": 3, "num_hidden_layers": None},
     ),
+    # So many experts that a few samples do not reach all of them.
+    "qwen3_moe_16": ("Qwen3MoeConfig", FOUR | {"num_experts": 16, "mlp_only_layers": [1]}),
+    "gpt_oss_16": ("GptOssConfig", {"num_local_experts": 16, "num_experts_per_tok": 2, "sliding_window": 8}),
+    "llama4_16": ("Llama4TextConfig", {"num_local_experts": 16, "num_experts_per_tok": 1, "intermediate_size_mlp": 40}),
     "jetmoe": ("JetMoeConfig", {"num_local_experts": 4, "num_experts_per_tok": 2, "kv_channels": 8}),
     "nemotron_h": (
         "NemotronHConfig",

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 
 from slim_core.errors import InvalidDatasetError
 from slim_core.recipe import DatasetConfig
-from slim_llm.calibration import TextSample, find_dataset, read_samples, tokenize
+from slim_llm.calibration import TextSample, find_dataset, read_samples, tokenize, tokenize_extra
 from slim_llm.resources import CALIBRATION_FOLDER
 
 TOKENIZER = Path(__file__).parents[3] / "examples" / "tiny-qwen3"
@@ -264,6 +264,45 @@ def test_number_of_samples() -> None:
     assert len(tokenize(texts("a", "bb", "ccc"), counting, DatasetConfig(path="x", num_samples=2), None)) == 2
     assert read == ["a", "bb"]
     assert len(tokenize(texts("a"), letters, DatasetConfig(path="x", num_samples=9), None)) == 1
+
+
+@pytest.mark.parametrize(
+    ("share", "number", "want"),
+    [
+        (0.5, 2, ["ccc", "e"]),  # of four tokens; "dd" does not fit any more
+        (1, 2, ["ccc", "dd", "e"]),
+        (9, 2, ["ccc", "dd", "e", "ffff"]),
+        (0.1, 2, []),
+        (9, None, []),
+        (9, 7, []),
+    ],
+)
+def test_extra_samples_are_the_next_that_fit(share: float, number: int | None, want: list[str]) -> None:
+    samples = texts("aaaaa", "bbb", "ccc", "dd", "e", "ffff")
+    dataset = DatasetConfig(path="x", num_samples=number, extra_share=share)
+    main = tokenize(samples, letters, dataset, None)
+    extra = tokenize_extra(samples, letters, dataset, None, main)
+    assert tokens(extra) == [[ord(c) for c in text] for text in want]
+
+
+def test_extra_samples_share_forwards_and_are_cut_too() -> None:
+    samples = texts("abcdefgh", "abc", "def", "ghijkl")
+    dataset = DatasetConfig(path="x", num_samples=1, extra_share=9, batch_size=2, max_length=3)
+    extra = tokenize_extra(samples, letters, dataset, None, tokenize(samples, letters, dataset, None))
+    assert [given["input_ids"].shape for given in extra] == [(2, 3), (1, 3)]
+
+
+def test_a_long_file_is_not_tokenized_beyond_what_is_needed() -> None:
+    read: list[str] = []
+
+    def counting(text: str) -> dict[str, list[int]]:
+        read.append(text)
+        return letters(text)
+
+    samples, dataset = texts(*["ab"] * 500), DatasetConfig(path="x", num_samples=8)
+    main = tokenize(samples, counting, dataset, None)
+    assert len(tokenize_extra(samples, counting, dataset, None, main)) == 2
+    assert len(read) == 8 + 16
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import stat
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,7 +23,9 @@ from slim_core.processors.group import GroupConfig
 from slim_core.processors.linear_quant import LinearQuantConfig
 from slim_core.quantization.kinds import LayerForm, LayerKind
 from slim_core.runners.choice import RunnerChoice
-from slim_core.runners.plan import Plan, PlannedLinear, PlannedUnit
+from slim_core.runners.plan import Plan, PlannedUnit
+from slim_core.runners.plan_linears import PlannedLinear
+from slim_core.runners.records import ExpertRecord, StarvedExpert
 from slim_core.runners.run import LinearRecord, RunResult, UnitRecord
 from slim_core.savers.ascendv1 import AscendV1Saver, AscendV1SaverConfig
 from slim_core.savers.base import Output, PlannedTensor
@@ -248,6 +252,62 @@ def test_units_of_an_earlier_run(tmp_path: Path) -> None:
     assert content["units"][0]["seconds"] is None
     assert content["linears"][0]["sqnr_db"] is None
     assert "2 of them done before this run" in page
+
+
+def with_experts(layers: int, experts: int) -> Any:
+    """A run whose experts got as many tokens as their number, each layer once more than the one before."""
+    run = make_run()
+    for i in range(layers):
+        counts = tuple(number * (i + 1) for number in range(experts))
+        starved = (StarvedExpert(0, 0, 3, 2, "input range & more"), StarvedExpert(1, i + 1, 9, 0, None))
+        run.result.experts.append(ExpertRecord(f"model.layers.{i}.mlp.experts", counts, starved))
+    return run
+
+
+def test_a_map_of_experts(tmp_path: Path) -> None:
+    run = with_experts(3, 8)
+    run.result.extra_samples = 5
+    content, page = report(tmp_path, run)
+    assert content["extra_samples"] == 5
+    assert content["experts"][2] == {
+        "name": "model.layers.2.mlp.experts",
+        "counts": [0, 3, 6, 9, 12, 15, 18, 21],
+        "starved": [
+            {"expert": 0, "routed": 0, "extra": 3, "forced": 2, "rule": "input range & more"},
+            {"expert": 1, "routed": 3, "extra": 9, "forced": 0, "rule": None},
+        ],
+    }
+    assert "6 experts were routed too few tokens, or none" in page
+    assert page.count("<td>input range &amp; more</td>") == page.count("<td>as all others</td>") == 3
+    assert '<td class="name">model.layers.2.mlp.experts.1</td><td class="n">3</td><td class="n">9</td>' in page
+    assert "8 samples and 5 for experts below the quota, " in page
+    svg = page[page.index('<svg role="img" aria-label="experts"') :]
+    svg = svg[: svg.index("</svg>")]
+    # The mean of a layer is 3.5 times its number: a row each of none, few, 2-3, 4-6 and 7 in colours of their own.
+    paths = re.findall(r'<path fill="([^"]+)" fill-opacity="([^"]+)" d="([^"]+)"', svg)
+    none, few, blue = "#d1495b", "#e08214", "#3b82c4"
+    colors = [(none, "1"), (few, "1"), (blue, "0.42"), (blue, "0.6"), (blue, "0.8")]
+    assert {(color, shade): path.count("M") for color, shade, path in paths} == dict.fromkeys(colors, 3)
+    assert re.findall(r">([^<]+)</text>", svg) == [f"model.layers.{i}.mlp.experts" for i in range(3)] + [*"0246"]
+
+
+def test_a_map_of_many_experts_stays_small(tmp_path: Path) -> None:
+    _, page = report(tmp_path, with_experts(60, 256))
+    svg = page[page.index('<svg role="img" aria-label="experts"') :]
+    svg = svg[: svg.index("</svg>")]
+    assert svg.count("<path") <= 8
+    assert len(svg) < 100_000
+    width, height = map(float, re.findall(r'viewBox="0 0 (\S+) (\S+)"', svg)[0])
+    assert (width, height) == (960, 616)
+
+
+def test_no_experts(tmp_path: Path) -> None:
+    content, page = report(tmp_path, make_run())
+    assert content["experts"] == []
+    assert "<h2>Experts</h2>" not in page
+    run = with_experts(1, 4)
+    run.result.experts = [replace(run.result.experts[0], counts=(4, 5, 6, 7), starved=())]
+    assert "Enough tokens were routed to every expert." in report(tmp_path, run)[1]
 
 
 @pytest.mark.parametrize("blocks", [1, 60])

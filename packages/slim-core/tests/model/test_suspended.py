@@ -248,6 +248,31 @@ def test_blocks_that_are_not_called_once_each_in_order(order: tuple[int, ...], m
 
 
 @torch.no_grad()
+def test_a_sample_that_is_abandoned_leaves_the_others_alone() -> None:
+    left: list[int] = []
+
+    class Careful(Chain):
+        def forward(self, x: Tensor) -> Tensor:
+            try:
+                return super().forward(x)
+            finally:
+                left.append(int(x[0, 0]))
+
+    model = Careful((0, 1))
+    inputs = [{"x": torch.full((1, 4), float(i))} for i in range(3)]
+    with SuspendedForward(model, list(model.blocks)[:2], inputs) as forward:
+        forward.start()
+        forward.abandon(1)
+        assert left == [1]
+        with pytest.raises(InvalidModelError, match="sample 1 is not suspended"):
+            forward.call(1)
+        for sample in (0, 2):
+            for _ in range(2):
+                forward.resume(sample, forward.compute(forward.call(sample)))
+    assert left == [1, 0, 2]
+
+
+@torch.no_grad()
 def test_a_finished_sample_is_not_suspended() -> None:
     model = Chain((0,), blocks=1)
     with SuspendedForward(model, list(model.blocks), [{"x": torch.ones(1, 4)}]) as forward:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from slim_core.checkpoint.joined import JoinedSource
 from slim_core.checkpoint.staging import check_target
 from slim_core.devices import Devices, resolve_devices
 from slim_core.errors import InvalidDatasetError, InvalidModelError, UnsupportedError
@@ -22,11 +23,12 @@ from slim_core.recipe import Recipe, SpecV1, dump_recipe
 from slim_core.recipe.schema import DatasetConfig
 from slim_core.rotation.inputs import install, read_input_rotations
 from slim_core.runners.plan import Plan, make_plan
+from slim_core.runners.plan_experts import ExtraSamples
 from slim_core.runners.run import RunResult, run_plan
 from slim_core.savers.ascendv1_folder import AscendV1Folder
 from slim_core.savers.side_files import write_text
 from slim_core.service import EvalRequest, QuantRequest
-from slim_llm.calibration import find_dataset, read_samples, tokenize
+from slim_llm.calibration import find_dataset, read_samples, tokenize, tokenize_extra
 from slim_llm.models.attention import Attentions
 from slim_llm.models.loading import open_model, open_skeleton, open_tokenizer, read_config
 
@@ -59,11 +61,29 @@ class _Job:
         """The inputs that a calibration set makes; read once."""
         if dataset not in self._calibrations:
             samples = read_samples(find_dataset(dataset.path))
-            tokenizer = open_tokenizer(self.request.model_path, trust_remote_code=self.request.trust_remote_code)
-            inputs = tokenize(samples, tokenizer, dataset, max_positions(self.model))
+            inputs = tokenize(samples, self.tokenizer, dataset, max_positions(self.model))
             check_token_ids(self.model, inputs)
             self._calibrations[dataset] = inputs
         return self._calibrations[dataset]
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        return open_tokenizer(self.request.model_path, trust_remote_code=self.request.trust_remote_code)
+
+    @cached_property
+    def extra(self) -> list[dict[str, Any]]:
+        """The inputs of the extra samples, for experts that too few tokens reach."""
+        dataset = self.spec.dataset
+        samples = read_samples(find_dataset(dataset.path))
+        main = self.calibration(dataset)
+        inputs = tokenize_extra(samples, self.tokenizer, dataset, max_positions(self.model), main)
+        check_token_ids(self.model, inputs)
+        return inputs
+
+    def extra_samples(self) -> ExtraSamples:
+        """How many they are."""
+        tokens = sum(inputs["input_ids"].numel() for inputs in self.extra)
+        return ExtraSamples(sum(len(inputs["input_ids"]) for inputs in self.extra), tokens * token_bytes(self.model))
 
     @cached_property
     def plan(self) -> Plan:
@@ -78,7 +98,9 @@ class _Job:
             self.spec,
             self.devices,
             activation_bytes=lambda: self._activation_bytes(self.spec.dataset),
+            largest_forward=self._largest_forward,
             stage_bytes=self._activation_bytes,
+            extra_samples=self.extra_samples,
             example=lambda: example_input(self.model),
         )
 
@@ -86,14 +108,22 @@ class _Job:
         tokens = sum(inputs["input_ids"].numel() for inputs in self.calibration(dataset))
         return tokens * token_bytes(self.model)
 
+    def _largest_forward(self) -> int:
+        return max(inputs["input_ids"].numel() for inputs in self.calibration(self.spec.dataset))
+
     def data(self) -> list[Any]:
         """The tokens of everything that is calibrated on."""
         datasets = [stage.dataset for stage in self.plan.stages] + [self.spec.dataset] * self.plan.needs_data
-        return [[inputs["input_ids"].tolist() for inputs in self.calibration(dataset)] for dataset in datasets]
+        quota = self.plan.experts.quota
+        extra = [self.extra] if quota is not None and quota.extra.count else []
+        sets = [*(self.calibration(dataset) for dataset in datasets), *extra]
+        return [[inputs["input_ids"].tolist() for inputs in given] for given in sets]
 
 
 def plan(request: QuantRequest, recipe: Recipe, *, remarks: Remarks | None = None) -> Plan:
-    """The plan of a run; reads the recipe, the model's headers and, if it is needed, the calibration set.
+    """The plan of a run.
+
+    Reads the recipe, the model's headers and, if they are needed, the calibration set and one block of every kind.
 
     Args:
         remarks: gives warnings to put before those of the plan.
@@ -109,7 +139,7 @@ def quantize(
     *,
     remarks: Remarks | None = None,
 ) -> RunResult:
-    """Carry out a recipe; ``on_plan`` is shown the plan before any weight is read.
+    """Carry out a recipe; ``on_plan`` is shown the plan before that begins.
 
     Args:
         remarks: gives warnings to put before those of the plan.
@@ -133,6 +163,7 @@ def quantize(
         fingerprint=fingerprint(request.model_path, job.model.source, effective, [job.data(), job.devices.kind]),
         progress=progress,
         calibration=lambda: job.calibration(job.spec.dataset),
+        extra_calibration=lambda: job.extra,
         stage_calibration=job.calibration,
         propagate=job.spec.propagate,
         resume=request.resume,
@@ -160,10 +191,12 @@ def open_written(original: StreamedModel, folder: AscendV1Folder, trust_remote_c
     config = read_config(folder.folder)
     module = open_skeleton(folder.folder, config, trust_remote_code=trust_remote_code)
     skip = frozenset(f"{prefix}.{part}" for prefix, _ in folder.layers() for part in ("weight", "bias"))
-    take_stored_biases(module, folder.source, original.tensor_name, skip)
+    source = JoinedSource(folder.source, original.joined) if original.joined else folder.source
+    take_stored_biases(module, source, original.tensor_name, skip)
     model = StreamedModel(
-        *(module, folder.source, folder.folder, config, original.blocks_name, original.tensor_name, skip),
+        *(module, source, folder.folder, config, original.blocks_name, original.tensor_name, skip),
         attention=Attentions(module, original.tensor_name),
+        joined=original.joined,
     )
     rotations = read_input_rotations(folder.source)
     names = {info.prefix: info.name for unit in original.units for info in unit.linears}
@@ -187,7 +220,7 @@ def check_token_ids(model: StreamedModel, inputs: list[dict[str, Any]]) -> None:
         InvalidModelError: the tokenizer belongs to another model.
     """
     rows = model.module.get_input_embeddings().weight.shape[0]  # pyright: ignore[reportCallIssue]
-    largest = max(int(given["input_ids"].max()) for given in inputs)
+    largest = max((int(given["input_ids"].max()) for given in inputs), default=0)
     if largest >= rows:
         raise InvalidModelError(
             f"the tokenizer gives id {largest}, but the model has {rows} embeddings",

@@ -203,8 +203,9 @@ def _compare(decoder: Decoder, exact: Tensor, values: Tensor, rows: slice, error
     errors.noise += float(error.square().sum(dtype=torch.float64))
     if errors.outside is None:
         error.abs_()
-        # With one bound for a row, its largest error is enough.
-        excess = error.amax(1) / room[:, 0] if room.shape[1] == 1 else (error / room).amax(1)
+        # With one bound for a row, its largest error is enough. Where there is no error, no room is needed.
+        largest = error.amax(1, keepdim=True) if room.shape[1] == 1 else error
+        excess = (largest / room).masked_fill_(largest == 0, 0).amax(1)
         worst = int(excess.argmax())
         if not float(excess[worst]) <= 1:
             errors.outside = (rows.start + worst, float(excess[worst]))

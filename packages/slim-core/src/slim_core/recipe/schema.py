@@ -11,9 +11,11 @@ from pydantic import (
     ConfigDict,
     Field,
     SerializerFunctionWrapHandler,
+    field_validator,
     model_serializer,
     model_validator,
 )
+from pydantic_core import PydanticCustomError
 from typing_extensions import TypedDict
 
 from slim_core.recipe.base import Flag, Integer, SaverConfig, StrictModel
@@ -58,6 +60,27 @@ class DatasetConfig(StrictModel):
     max_length: int | None = Field(default=None, ge=1, description="Cut samples to this many tokens. Default: never")
     num_samples: int | None = Field(default=None, ge=1, description="Use only the first samples. Default: all")
     batch_size: int = Field(default=1, ge=1, description="Samples per forward")
+    min_tokens_per_expert: int = Field(
+        default=0,
+        ge=0,
+        description="Calibration tokens that every routed expert should see. Default: no quota",
+    )
+    extra_share: float = Field(
+        default=0.25,
+        ge=0,
+        description="Extra samples, from which only experts below the quota learn: at most this share of the tokens",
+    )
+    route_starved_experts: bool = Field(
+        default=False, description="Show experts that stay below the quota tokens that were routed to others"
+    )
+
+    @model_validator(mode="after")
+    def _routing_has_a_quota(self) -> DatasetConfig:
+        if self.route_starved_experts and not self.min_tokens_per_expert:
+            raise PydanticCustomError(
+                "routing_without_quota", "route_starved_experts needs min_tokens_per_expert, a number above 0"
+            )
+        return self
 
     @model_serializer(mode="wrap")
     def _name_if_plain(self, handler: SerializerFunctionWrapHandler) -> Any:
@@ -81,6 +104,15 @@ class PriorStage(StrictModel):
 
     process: Processors = Field(description="Processors of this stage, in order")
     dataset: Dataset | None = Field(default=None, description="Calibration set of this stage. Default: the one of spec")
+
+    @field_validator("dataset")
+    @classmethod
+    def _no_quota(cls, value: DatasetConfig | None) -> DatasetConfig | None:
+        if value is not None and value.min_tokens_per_expert:
+            raise PydanticCustomError(
+                "quota_of_a_stage", "min_tokens_per_expert is met in the main stage; give it in spec.dataset"
+            )
+        return value
 
 
 class SpecV1(StrictModel):
