@@ -203,6 +203,16 @@ def test_a_model_without_the_structure(
     assert not (tmp_path / "out").exists()
 
 
+def test_what_cannot_be_smoothed_may_be_excluded(model_folder: ModelFolder, quantize: Quantize, tmp_path: Path) -> None:
+    """The experts of gpt-oss clamp what their up_proj gives them."""
+    model = model_folder("gpt_oss", torch.float32)
+    told = quantize(model, tmp_path / "all", process=[{"type": "iter_smooth"}]).warnings
+    assert [text for text in told if "cannot smooth 12 places: model.layers.0.mlp.experts.0.up_proj: " in text]
+    process = [{"type": "iter_smooth", "exclude": ["*.experts.*"]}]
+    told = quantize(model, tmp_path / "out", process=process).warnings
+    assert [text for text in told if "cannot smooth" in text or "matches no source" in text] == []
+
+
 def test_what_is_there_but_not_chosen_is_told(model_folder: ModelFolder, quantize: Quantize, tmp_path: Path) -> None:
     """Not an error: the recipe may be made for several models."""
     model = model_folder("llama", torch.float32)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from slim_core.recipe import NameFilter, dump_recipe, load_recipe
 
 ROOT = Path(__file__).parents[4]
 LAB = ROOT / "lab_practice"
+DOCUMENTATION = ROOT / "docs/models.md"
 REGISTRY = ROOT / "packages/slim-llm/src/slim_llm/models/registry.yaml"
 
 FILES = sorted(LAB.glob("*/*.yaml"))
@@ -27,10 +29,10 @@ TYPES = {
     "ernie4_5_moe": {"w8a8", "w8a8c8", "w8a16", "w4a8"},
     "glm4_moe": {"w8a8", "w8a8c8", "w8a16", "w4a8"},
     "glm4_moe_lite": {"w8a8", "w8a8c8", "w8a16", "w4a8"},
-    "glm_5": {"w8a8", "w8a8c8", "w8a16", "w4a8", "w4a8c8", "w4a4c8"},
+    "glm_5": {"w8a8", "w8a8c8", "w8a16", "w4a8", "w4a8c8", "w4a4", "w4a4c8"},
     "gpt_oss": {"w8a8", "w4a8"},
     "hunyuan_moe": {"w8a8", "w8a8c8", "w8a16", "w4a8"},
-    "kimi_k2": {"w8a8", "w8a8c8", "w8a16", "w4a8", "w4a8c8", "w4a4c8"},
+    "kimi_k2": {"w8a8", "w8a8c8", "w8a16", "w4a8", "w4a8c8", "w4a4", "w4a4c8"},
     "llama4": {"w8a8", "w8a16", "w4a8"},
     "longcat_flash": {"w8a8", "w8a16", "w4a8", "w4a4"},
     "minimax_m2": {"w8a8", "w8a8c8", "w8a16", "w4a8"},
@@ -226,3 +228,10 @@ def test_every_registered_model_type_reaches_a_practice_without_a_question():
 def test_names_are_unique():
     ids = [practice.config_id for practice in PracticeLibrary([LAB]).list()]
     assert len(ids) == len(set(ids)) == len(FILES)
+
+
+def test_the_table_of_practices_in_the_documentation():
+    rows: dict[str, set[str]] = {}
+    for folders, types in re.findall(r"^\| (`.*?`) \| [^|]+ \| (w[^|]+) \|$", DOCUMENTATION.read_text("utf-8"), re.M):
+        rows |= {folder: set(types.split(", ")) for folder in re.findall(r"`(\w+)`", folders)}
+    assert rows == TYPES | dict.fromkeys(DENSE, DENSE_TYPES)

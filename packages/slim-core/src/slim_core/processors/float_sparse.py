@@ -80,7 +80,6 @@ class FloatSparse(Processor):
                 ", ".join(unseen),
             )
 
-
     def _pruned(
         self, linear: LinearWork, metric: InputMetric | None, device: torch.device
     ) -> tuple[SparseFloat, float]:

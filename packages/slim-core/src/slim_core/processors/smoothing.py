@@ -114,7 +114,8 @@ class Smoother(Processor, ABC):
             self._choose_shifts()
 
     def _note(self, structure: Structure, chosen: NameFilter, sources: Sequence[str]) -> None:
-        for side, pattern in chosen.unmatched(sources):
+        # A pattern that names what cannot be smoothed is no mistake.
+        for side, pattern in chosen.unmatched([*sources, *structure.refused()]):
             self._notes.append(
                 f"spec.{self.position}.{side}: pattern {pattern!r} matches no source of a subgraph; sources are norms, "
                 "v_proj and up_proj" + (", e.g. " if sources else "") + ", ".join(sources[:3])
