@@ -237,10 +237,15 @@ def example_input(model: StreamedModel) -> dict[str, Any]:
 
 
 def token_bytes(model: StreamedModel) -> int:
-    """Bytes of one token's hidden state between two blocks."""
+    """Bytes that one token keeps while its sample waits between two blocks.
+
+    Its hidden state, the embedding that the model's forward began with and still holds, and the rotary tables.
+    """
     text = model.config.get("text_config") or model.config
-    hidden = text.get("hidden_size") or text.get("n_embd") or text.get("d_model") or 0
-    return int(hidden) * (model.dtype or torch.float32).itemsize
+    hidden = int(text.get("hidden_size") or text.get("n_embd") or text.get("d_model") or 0)
+    heads = int(text.get("num_attention_heads") or 0)
+    rotated = int(text.get("qk_rope_head_dim") or text.get("head_dim") or (hidden // heads if heads else 0))
+    return 2 * (hidden + rotated) * (model.dtype or torch.float32).itemsize
 
 
 def safe_name(model_type: str) -> str:

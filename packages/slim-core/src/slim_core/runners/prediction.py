@@ -34,7 +34,7 @@ class Calibration:
     """What passes through the blocks.
 
     Args:
-        hidden_bytes: hidden states of all samples that wait between two blocks.
+        hidden_bytes: what all samples keep while they wait between two blocks.
         tokens: of the largest forward.
         keeps_layers: whether the quantized layers of a block wait for a forward through them.
         trains: whether gradients flow through the block.
