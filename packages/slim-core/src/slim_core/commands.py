@@ -93,8 +93,10 @@ def evaluate(request: EvalRequest, json_path: Path | None = None) -> None:
             "sequence_length": request.sequence_length,
             "max_windows": request.max_windows,
         }
-        scores = {key: None if value == float("inf") else value for key, value in asdict(result).items()}
-        write_file(json_path, json.dumps({**asked, **scores, "ratio": result.ratio}, indent=2) + "\n")
+        from slim_core.evaluation.report.data import finite
+
+        scores = {key: finite(value) for key, value in {**asdict(result), "ratio": result.ratio}.items()}
+        write_file(json_path, json.dumps({**asked, **scores}, indent=2) + "\n")
 
 
 def _score_table(result: EvalResult) -> tuple[list[str], list[list[str]]]:
@@ -176,7 +178,7 @@ def migrate_recipe(path: Path, output: Path | None = None) -> None:
     if output is None:
         say(migration.text().rstrip())
     else:
-        _create_file(output, migration.text())
+        write_file(output, migration.text(), new=True)
         say(f"written to {output}; its first lines tell what is not the same")
     try:
         migration.recipe.spec()
@@ -184,25 +186,19 @@ def migrate_recipe(path: Path, output: Path | None = None) -> None:
         _logger.warning("this recipe cannot be run here yet: %s", error)
 
 
-def _create_file(path: Path, text: str) -> None:
+def write_file(path: Path, text: str, *, new: bool = False) -> None:
+    """Write a text file that the user asked for.
+
+    Raises:
+        SecurityError: it exists, though it should be new.
+        EnvError: it cannot be written.
+    """
     try:
-        with path.open("x", encoding="utf-8") as file:
+        with path.open("x" if new else "w", encoding="utf-8") as file:
             file.write(text)
     except FileExistsError as error:
         raise SecurityError(
             "exists and is not overwritten", where=str(path), remedy="remove it, or give another path"
         ) from error
-    except OSError as error:
-        raise EnvError(f"cannot be written: {error.strerror}", where=str(path)) from error
-
-
-def write_file(path: Path, text: str) -> None:
-    """Write a text file that the user asked for.
-
-    Raises:
-        EnvError: it cannot be written.
-    """
-    try:
-        path.write_text(text, "utf-8")
     except OSError as error:
         raise EnvError(f"cannot be written: {error.strerror}", where=str(path)) from error

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from slim_core.evaluation.verify_findings import Layer
+from slim_core.evaluation.verify.findings import Layer
 from slim_core.quantization.kinds import LayerKind
 
 __all__ = ["Decoder"]
@@ -52,7 +52,7 @@ class Decoder:
         offset = part.get("weight_offset_second", part.get("weight_offset"))
         shifted = offset.float() if offset is not None else torch.zeros_like(scale)
         size = -(-layer.width // scale.shape[1]) if layer.form.group_size else layer.width
-        blocks = "MXFP" in layer.kind
+        blocks = layer.kind.is_microscaling
         return cls(_element(layer.kind), _packing(layer), scale, shifted, _BLOCK if blocks else max(size, 1))
 
     @property
@@ -128,7 +128,7 @@ def _scale(layer: Layer, part: Mapping[str, Tensor]) -> Tensor:
             return (part["deq_scale"].double() / part["input_scale"].double()).unsqueeze(1)
         case LayerKind.W4A8_DYNAMIC if "weight_scale_second" in part:
             return part["weight_scale"] * part["weight_scale_second"]
-        case kind if "MXFP" in kind:
+        case kind if kind.is_microscaling:
             exponent = part["weight_scale"].to(torch.int32) - 127
             power = torch.ldexp(torch.ones(exponent.shape), exponent)
             outer = part.get("weight_dual_scale")

@@ -15,20 +15,26 @@ import torch
 from slim_core.checkpoint.reader import Checkpoint
 from slim_core.checkpoint.source import TensorSource
 from slim_core.errors import InvalidModelError, SchemaValidateError, SlimError
-from slim_core.evaluation.verify_attention import check_attention_values, check_attentions, loadable_attentions
-from slim_core.evaluation.verify_comparison import Bounds, WeightPass
-from slim_core.evaluation.verify_findings import FLOAT, Contents, Findings, Layer
-from slim_core.evaluation.verify_layers import (
+from slim_core.evaluation.verify.attention import check_attention_values, check_attentions, loadable_attentions
+from slim_core.evaluation.verify.comparison import Bounds, WeightPass
+from slim_core.evaluation.verify.findings import FLOAT, Contents, Findings, Layer
+from slim_core.evaluation.verify.layers import (
     Loadable,
     check_fusions,
     check_group_size,
     check_modules,
     loadable_layers,
 )
-from slim_core.evaluation.verify_original import check_added_biases, check_coverage, compare_with, open_original
-from slim_core.evaluation.verify_rows import row_blocks
-from slim_core.evaluation.verify_structure import INDEX, read_contents
-from slim_core.evaluation.verify_values import check_fused_inputs, check_quantized, check_untouched, is_shifted
+from slim_core.evaluation.verify.original import (
+    check_added_biases,
+    check_coverage,
+    compare_with,
+    open_original,
+    spec_of_run,
+)
+from slim_core.evaluation.verify.rows import row_blocks
+from slim_core.evaluation.verify.structure import INDEX, read_contents
+from slim_core.evaluation.verify.values import check_fused_inputs, check_quantized, check_untouched, is_shifted
 from slim_core.quantization.kinds import LayerKind
 from slim_core.savers.loaders import MAIN_ENGINE, engines, reads_ascendv1, refused_together
 
@@ -114,8 +120,9 @@ def verify_folder(path: Path, original: Path | None = None, engine: str | None =
     fused = list(check_fusions(contents, layers, findings))
     bounds = None
     if source is not None and original is not None:
-        check_coverage(contents, source, original, findings)
-        bounds = compare_with(source, contents, findings)
+        spec = spec_of_run(path)
+        check_coverage(contents, source, original, spec, findings)
+        bounds = compare_with(source, spec, findings)
     stored = _open(path, findings)
     if stored is not None:
         layers = [replace(x, form=replace(x.form, symmetric=not is_shifted(x, stored))) for x in layers]

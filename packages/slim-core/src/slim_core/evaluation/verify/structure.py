@@ -14,7 +14,7 @@ from safetensors.torch import load_file  # pyright: ignore[reportUnknownVariable
 
 from slim_core.checkpoint.header import read_header
 from slim_core.errors import InvalidModelError
-from slim_core.evaluation.verify_findings import FLOAT, Contents, Findings, as_object
+from slim_core.evaluation.verify.findings import FLOAT, Contents, Findings, as_object
 
 __all__ = ["read_contents"]
 

@@ -14,12 +14,12 @@ from slim_core.checkpoint.reader import Checkpoint
 from slim_core.checkpoint.source import TensorSource
 from slim_core.checkpoint.stacked import with_experts_apart
 from slim_core.errors import InvalidModelError, SlimError
-from slim_core.evaluation.verify_comparison import Bounds
-from slim_core.evaluation.verify_findings import CACHE, FLOAT, Contents, Findings, as_object
+from slim_core.evaluation.verify.comparison import Bounds
+from slim_core.evaluation.verify.findings import CACHE, FLOAT, Contents, Findings, as_object
 from slim_core.recipe import NameFilter
 from slim_core.savers.loaders import MAIN_ENGINE, lost_biases
 
-__all__ = ["check_added_biases", "check_coverage", "compare_with", "open_original"]
+__all__ = ["check_added_biases", "check_coverage", "compare_with", "open_original", "spec_of_run"]
 
 # Processors that leave every weight as it was before it is quantized.
 _PLAIN_PROCESSORS = frozenset(
@@ -56,15 +56,16 @@ def open_original(folder: Path, names: Collection[str] = ()) -> TensorSource:
     return with_experts_apart(source if block is None else Fp8BlockSource(source, block), names, config)
 
 
-def compare_with(original: TensorSource, contents: Contents, findings: Findings) -> Bounds | None:
+def compare_with(original: TensorSource, spec: dict[str, Any] | None, findings: Findings) -> Bounds | None:
     """What the values may be held against; None (with a warning) if the recipe changed the float weights first. If it
     changed those of decoder layers only, the others still are.
 
-    The recipe is the one that the run left in the folder; it tells which method each weight went through. Without it
-    the weights are compared, but an element that is off by more than rounding is only worth a warning: the method may
-    have meant it.
+    The recipe tells which method each weight went through. Without it the weights are compared, but an element that is
+    off by more than rounding is only worth a warning: the method may have meant it.
+
+    Args:
+        spec: see :func:`spec_of_run`.
     """
-    spec = _spec(contents.folder)
     if spec is None:
         return Bounds(original, lambda _: _UNKNOWN)
     processors = list(_processors(spec))
@@ -84,8 +85,8 @@ def compare_with(original: TensorSource, contents: Contents, findings: Findings)
     return Bounds(original, lambda prefix: _method_of(prefix, rules))
 
 
-def _spec(folder: Path) -> dict[str, Any] | None:
-    """``spec`` of the recipe as it was run, None if the folder holds none."""
+def spec_of_run(folder: Path) -> dict[str, Any] | None:
+    """``spec`` of the recipe that the run left in its folder, None if there is none."""
     for path in sorted(folder.glob("*_best_practice.yaml")):
         try:
             recipe = yaml.safe_load(path.read_text("utf-8"))
@@ -144,13 +145,18 @@ def _method_of(prefix: str, rules: Sequence[tuple[NameFilter, str]]) -> str:
     return shared.pop() if len(shared) == 1 else _UNKNOWN
 
 
-def check_coverage(contents: Contents, original: TensorSource, folder: Path, findings: Findings) -> None:
+def check_coverage(
+    contents: Contents, original: TensorSource, folder: Path, spec: dict[str, Any] | None, findings: Findings
+) -> None:
     """Check that nothing of the original is missing and nothing came from nowhere.
 
     Biases that a shift leaves behind come from somewhere: they belong to a module whose weight is in the original.
+
+    Args:
+        folder: of the original.
+        spec: see :func:`spec_of_run`.
     """
     given = added_biases(contents, original)
-    spec = _spec(contents.folder)
     if spec is None and given:
         first = f"{next(iter(given))}.bias"
         findings.warn(first, f"is not in the original, like {len(given)} biases; an asymmetric smoothing leaves such")

@@ -6,18 +6,15 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
-from importlib.resources import files
 
 import torch
-import yaml
 
-from slim_core.evaluation.verify_findings import ATTENTION, FLOAT, Contents, Findings, Layer, Module, form
+from slim_core.evaluation.verify.findings import ATTENTION, FLOAT, Contents, Findings, Layer, Module, form
 from slim_core.quantization.kinds import LayerKind
 from slim_core.savers.ascendv1 import DESCRIPTION_FILE as DESCRIPTION
 from slim_core.savers.ascendv1 import FP8_ENGINE_LABEL
 from slim_core.savers.ascendv1_layout import BLOCK, FLOAT_BIAS, Part, form_of, layout
-from slim_core.savers.loaders import engines, layer_class, obstacle, reads_ascendv1
+from slim_core.savers.loaders import engines, fused_leaves, layer_class, obstacle, reads_ascendv1
 
 __all__ = ["Loadable", "check_fusions", "check_group_size", "check_modules", "layer_kind_of", "loadable_layers"]
 
@@ -134,7 +131,7 @@ def _check_quantized(module: Module, kind: LayerKind, contents: Contents, findin
 def check_group_size(contents: Contents, layers: Sequence[Layer], findings: Findings) -> None:
     """The one group size that the description has for all layers is that of one of them; 0 if none has groups."""
     stated = contents.globals.get("group_size")
-    if any("MXFP" in layer.kind for layer in layers):
+    if any(layer.kind.is_microscaling for layer in layers):
         sizes, why = {BLOCK}, "with MX types"
     elif sizes := {layer.form.group_size for layer in layers} - {0}:
         why = "as the scales of grouped layers have it"
@@ -158,12 +155,6 @@ def _check_names(module: Module, kind: LayerKind, expected: list[str], findings:
             findings.problem(name, f"has the type {label}, expected {want} as part of a {kind} layer")
 
 
-@cache
-def _fused() -> list[list[str]]:
-    table = files("slim_core.savers").joinpath("loader_tables.yaml").read_text("utf-8")
-    return yaml.safe_load(table)["fused"]
-
-
 def check_fusions(contents: Contents, layers: Sequence[Layer], findings: Findings) -> Iterator[tuple[str, list[str]]]:
     """Check that linears which engines fuse have one type and one size of groups, and the experts of a layer too.
 
@@ -180,7 +171,7 @@ def check_fusions(contents: Contents, layers: Sequence[Layer], findings: Finding
         if match := _EXPERT.match(prefix):
             experts.setdefault(match[1], {})[prefix] = kind
     for parent, leaves in parents.items():
-        for group in _fused():
+        for group in fused_leaves():
             present = {leaf: leaves[leaf] for leaf in group if leaf in leaves}
             if len(set(present.values())) > 1:
                 text = ", ".join(f"{leaf} is {kind}" for leaf, kind in present.items())

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from slim_core.errors import InvalidModelError, SchemaValidateError
-from slim_core.evaluation import verify_rows
+from slim_core.evaluation.verify import rows as verify_rows
 from slim_core.evaluation.verify import verify_folder
 
 Q = "model.layers.0.self_attn.q_proj"

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from slim_core.checkpoint.source import TensorSource
-from slim_core.evaluation.verify_decoding import Decoder
-from slim_core.evaluation.verify_findings import Findings, Layer
-from slim_core.evaluation.verify_rows import all_finite, row_blocks
+from slim_core.evaluation.verify.decoding import Decoder
+from slim_core.evaluation.verify.findings import Findings, Layer
+from slim_core.evaluation.verify.rows import all_finite, row_blocks
 from slim_core.quantization.kinds import LayerKind
 
 __all__ = ["Bounds", "WeightPass", "go_through"]

@@ -25,8 +25,7 @@ from slim_core.quantization.kinds import LayerForm, LayerKind
 from slim_core.runners.choice import RunnerChoice
 from slim_core.runners.plan import Plan, PlannedUnit
 from slim_core.runners.plan_linears import PlannedLinear
-from slim_core.runners.records import ExpertRecord, StarvedExpert
-from slim_core.runners.run import LinearRecord, RunResult, UnitRecord
+from slim_core.runners.records import ExpertRecord, LinearRecord, RunResult, StarvedExpert, UnitRecord
 from slim_core.savers.ascendv1 import AscendV1Saver, AscendV1SaverConfig
 from slim_core.savers.base import Output, PlannedTensor
 

@@ -10,13 +10,13 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from slim_core.evaluation.report_data import AttentionRow, LinearRow, ReportData, collect, role
-from slim_core.evaluation.report_experts import LEGEND, draw_map
-from slim_core.evaluation.report_plots import MAX_LINES, draw_plots
+from slim_core.evaluation.report.data import AttentionRow, LinearRow, ReportData, collect, role
+from slim_core.evaluation.report.expert_map import LEGEND, draw_map
+from slim_core.evaluation.report.plots import MAX_LINES, draw_plots
 from slim_core.processors.base import Assignment, AttentionAssignment
 from slim_core.runners.plan import Plan
 from slim_core.runners.run import RunResult
-from slim_core.savers.side_files import write_text
+from slim_core.savers.side_files import FOLDER_MODE, write_text
 from slim_core.sizes import human_size
 from slim_core.smoothing.scales import SmoothingNote
 
@@ -40,7 +40,7 @@ def write_report(folder: Path, plan: Plan, result: RunResult, *, title: str, deb
     data = collect(folder, plan, result, title=title)
     _write(folder / "report.json", data.as_json())
     if debug:
-        (folder / "debug_info").mkdir(mode=0o750, exist_ok=True)
+        (folder / "debug_info").mkdir(mode=FOLDER_MODE, exist_ok=True)
         _write(folder / "debug_info" / "debug_info.json", _debug_info(data, plan))
     write_text(folder / "report.html", _page(data))
 
@@ -58,7 +58,7 @@ def _page(data: ReportData) -> str:
     environment.filters["number"] = _number
     environment.filters["decibel"] = _decibel
     environment.filters["clock"] = _clock
-    template = files("slim_core.evaluation").joinpath("templates/report.html.j2").read_text("utf-8")
+    template = files("slim_core.evaluation.report").joinpath("templates/report.html.j2").read_text("utf-8")
     plots = {name: Markup(svg) for name, svg in draw_plots(data).items()}
     return environment.from_string(template).render(
         data=data,

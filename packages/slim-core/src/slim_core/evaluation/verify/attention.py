@@ -9,8 +9,8 @@ import torch
 
 from slim_core.checkpoint.header import StoredTensor
 from slim_core.checkpoint.source import TensorSource
-from slim_core.evaluation.verify_findings import ATTENTION, CACHE, FLOAT, Contents, Findings, form
-from slim_core.evaluation.verify_layers import Loadable, layer_kind_of
+from slim_core.evaluation.verify.findings import ATTENTION, CACHE, FLOAT, Contents, Findings, form
+from slim_core.evaluation.verify.layers import Loadable, layer_kind_of
 from slim_core.quantization.attention import AttentionForm
 from slim_core.savers.ascendv1_attention import FA_KEY, QUANT_TYPE, engine_class, parse_quant_type
 from slim_core.savers.ascendv1_layout import form_of

@@ -14,7 +14,7 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
-from slim_core.evaluation.report_data import LinearRow, ReportData, UnitRow
+from slim_core.evaluation.report.data import LinearRow, ReportData, UnitRow
 
 __all__ = ["MAX_LINES", "draw_plots"]
 

@@ -14,8 +14,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from slim_core.evaluation import verify_rows
 from slim_core.evaluation.verify import Verification, verify_folder
+from slim_core.evaluation.verify import rows as verify_rows
 
 DOWN = "model.layers.1.mlp.down_proj"  # engines cut it along its input
 PLAIN = "model.layers.1.mlp.fc"  # no engine knows it

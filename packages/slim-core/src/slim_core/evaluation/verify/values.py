@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from slim_core.checkpoint.source import TensorSource
-from slim_core.evaluation.verify_comparison import Bounds, WeightPass, go_through
-from slim_core.evaluation.verify_decoding import Decoder
-from slim_core.evaluation.verify_findings import Contents, Findings, Layer, form
-from slim_core.evaluation.verify_rows import all_finite, row_blocks
+from slim_core.evaluation.verify.comparison import Bounds, WeightPass, go_through
+from slim_core.evaluation.verify.decoding import Decoder
+from slim_core.evaluation.verify.findings import Contents, Findings, Layer, form
+from slim_core.evaluation.verify.rows import all_finite, row_blocks
 from slim_core.quantization.kinds import LayerKind
 
 __all__ = ["check_fused_inputs", "check_quantized", "check_untouched", "is_shifted"]
