@@ -12,6 +12,7 @@ from importlib.metadata import entry_points
 from typing import Any
 
 from slim_core.errors import EnvError
+from slim_core.model.subgraphs import GivenSubgraph
 
 __all__ = ["ADAPTER_GROUP", "ModelAdapter", "find_adapter"]
 
@@ -25,10 +26,14 @@ class ModelAdapter:
     Args:
         blocks: dotted name of the list of decoder blocks; empty: the list with the most parameters.
         tensor_name: turns the name of a parameter into the checkpoint's name for it.
+        subgraphs: places where outliers can be moved, which names do not tell, or tell wrongly.
+        unsmoothed: patterns of sources that are never smoothed, by full name, e.g. ``*.attn_norm``.
     """
 
     blocks: str = ""
     tensor_name: Callable[[str], str] = str
+    subgraphs: tuple[GivenSubgraph, ...] = ()
+    unsmoothed: tuple[str, ...] = ()
 
 
 def find_adapter(model_type: str) -> ModelAdapter:

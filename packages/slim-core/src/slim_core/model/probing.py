@@ -8,7 +8,7 @@ between or a wrong layout of heads changes it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from slim_core.model.skeleton import named_modules
-from slim_core.model.subgraphs import PRIORITY, Subgraph, candidates, is_norm
+from slim_core.model.subgraphs import PRIORITY, GivenSubgraph, Subgraph, candidates, is_norm
 
 __all__ = ["BlockProbe", "Findings", "changed", "enlarging"]
 
@@ -46,12 +46,16 @@ class BlockProbe:
         root: the model; the block's parameters hold their values.
         block: dotted name of the block.
         run: runs the block on one sample and returns its hidden states; always the same sample.
+        given: subgraphs that names do not tell.
     """
 
-    def __init__(self, root: nn.Module, block: str, run: Callable[[], Tensor]) -> None:
+    def __init__(
+        self, root: nn.Module, block: str, run: Callable[[], Tensor], given: Sequence[GivenSubgraph] = ()
+    ) -> None:
         self._root = root
         self._block = block
         self._run = run
+        self._given = given
         self._readers = dict(matrices(root, block))
         with self._outputs_watched() as self._made:
             self._output, self._inputs = self._forward(self._readers)
@@ -65,7 +69,7 @@ class BlockProbe:
         found = Findings()
         layouts: dict[tuple[str, str], int] = {}
         idle: list[list[Subgraph]] = []
-        for options in candidates(self._root, self._block):
+        for options in candidates(self._root, self._block, self._given):
             source = options[0].source
             if not len(self._inputs.get(source, ())):
                 idle.append(options)

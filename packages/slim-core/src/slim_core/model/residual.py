@@ -332,7 +332,7 @@ def _rank(trial: BlockTrial, graph: Subgraph, seen: Seen) -> Rank | None:
     x = seen.inputs.get(graph.source)
     if x is None or not bool(x.any()):
         return None
-    values = {leaf: trial.values[f"{graph.source}.{leaf}"] for leaf in ("weight",)}
+    values = {"weight": trial.values[f"{graph.source}.weight"]}
     if norm_defect(values, x, seen.outputs[graph.source], plus_one=graph.plus_one):
         return None
     for name, made in seen.outputs.items():

@@ -21,10 +21,12 @@ from slim_core.model.skeleton import named_modules
 from slim_core.model.subgraphs import Subgraph
 from slim_core.model.suspended import SuspendedForward
 from slim_core.model.units import StreamedModel, Unit
+from slim_core.recipe import NameFilter
 
 __all__ = ["Structure", "discover", "kind_of"]
 
 _SHARED = "other layers have the same weights"
+_ALONE = "the model's adapter says to leave it alone"
 
 
 @dataclass(frozen=True)
@@ -46,23 +48,27 @@ class Structure:
         """Source to the reason why it is in no subgraph."""
         return {source: reason for found in self.findings.values() for source, reason in found.refused.items()}
 
-    def unshared(self, model: StreamedModel) -> Structure:
-        """The same without what would rescale weights that another unit has too, each by scales of its own."""
+    def smoothable(self, model: StreamedModel) -> Structure:
+        """The same without what must not be rescaled.
+
+        That is what the adapter leaves alone, and weights that another unit has too: each would want its own scales.
+        """
+        alone = NameFilter(model.unsmoothed) if model.unsmoothed else None
         uses = Counter(stored for unit in model.units for stored in set(unit.parameters.values()))
         findings, keys = dict(self.findings), dict(self.keys)
-        for unit in model.units:
+        for unit in (unit for unit in model.units if unit.name in self.findings):
             shared = {parameter for parameter, stored in unit.parameters.items() if uses[stored] > 1}
-            if not shared or unit.name not in findings:
-                continue
 
-            def touches(*modules: str, shared: Collection[str] = shared) -> bool:
-                return any(f"{module}.weight" in shared for module in modules)
+            def obstacle(*modules: str, shared: Collection[str] = shared) -> str | None:
+                if any(f"{module}.weight" in shared for module in modules):
+                    return _SHARED
+                return _ALONE if alone is not None and alone.matches(modules[0]) else None
 
             found, places = findings[unit.name], keys.get(unit.name, KeyFindings())
-            left = {one.source: _SHARED for one in found.subgraphs if touches(one.source, *one.targets)}
+            left = {g.source: why for g in found.subgraphs if (why := obstacle(g.source, *g.targets))}
+            odd = {k.attention: why for k in places.found if (why := obstacle(k.key.module, k.query.module))}
             kept = [one for one in found.subgraphs if one.source not in left]
             findings[unit.name] = Findings(kept, found.refused | left)
-            odd = {one.attention: _SHARED for one in places.found if touches(one.key.module, one.query.module)}
             others = [one for one in places.found if one.attention not in odd]
             keys[unit.name] = KeyFindings(others, places.refused | odd)
         return Structure(findings, keys)
@@ -134,11 +140,15 @@ def _probe(
     call = forward.call(0)
     model.load(unit.parameters, torch.device("cpu"))
     try:
-        findings = BlockProbe(model.module, unit.name, lambda: _hidden(forward.compute(call))).findings()
+
+        def run() -> Tensor:
+            return _hidden(forward.compute(call))
+
+        findings = BlockProbe(model.module, unit.name, run, model.subgraphs).findings()
         _refuse_shared(unit, findings)
         keys = KeyFindings()
         for info in unit.attentions if query_keys else ():
-            place = find_query_key(model, info, lambda: _hidden(forward.compute(call)))
+            place = find_query_key(model, info, run)
             if isinstance(place, str):
                 keys.refused[info.name] = place
             else:

@@ -9,22 +9,23 @@ type              source, divided by the scale         targets, multiplied by it
 ``linear-linear`` the rows of a linear                 the linear that reads its output
 ================  ===================================  =========================================
 
-Candidates come from the names and shapes that decoders share; whether one holds is not believed but proved on the block
-itself (:mod:`slim_core.model.probing`).
+Candidates come from the names and shapes that decoders share, or from an adapter; whether one holds is not believed but
+proved on the block itself (:mod:`slim_core.model.probing`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from slim_core.errors import UnsupportedError
 from slim_core.model.skeleton import named_modules
 
-__all__ = ["PRIORITY", "SUBGRAPH_TYPES", "Subgraph", "candidates", "is_norm"]
+__all__ = ["PRIORITY", "SUBGRAPH_TYPES", "GivenSubgraph", "Subgraph", "candidates", "is_norm"]
 
 SUBGRAPH_TYPES = ("norm-linear", "linear-linear", "ov", "up-down")
 PRIORITY = {"up-down": 0, "ov": 1, "linear-linear": 2, "norm-linear": 3}
@@ -82,28 +83,84 @@ class Subgraph:
         return start.scatter_reduce(0, self.columns.to(values.device), values, reduce, include_self=False)
 
 
+@dataclass(frozen=True)
+class GivenSubgraph:
+    """A subgraph between two linears that their names do not tell; it is proved like any other.
+
+    It stands wherever in a block both are found below one module, and takes the place of what the name of the source
+    suggests there.
+
+    Args:
+        type: ``ov``, ``up-down`` or ``linear-linear``. Norms need no telling: their readers are found by running.
+        source, target: names of the two linears below that module, e.g. ``value`` and ``out``.
+        first_row: the row of the source in which the channels begin.
+        channels: how many there are; 0 for all rows that follow.
+        head_dim: of ``ov``, channels of a head.
+    """
+
+    type: str
+    source: str
+    target: str
+    first_row: int = 0
+    channels: int = 0
+    head_dim: int = 0
+
+    def below(self, path: str, parent: nn.Module) -> Subgraph | None:
+        """The subgraph below a module; None if it does not have the two linears.
+
+        Raises:
+            UnsupportedError: their shapes do not fit together.
+        """
+        modules = dict(named_modules(parent))
+        source, target = modules.get(self.source), modules.get(self.target)
+        if not isinstance(source, nn.Linear) or not isinstance(target, nn.Linear):
+            return None
+        width, channels = target.in_features, self.channels or source.out_features - self.first_row
+        head = self.head_dim or channels
+        fits = 0 < channels <= source.out_features - self.first_row and not width % channels and not channels % head
+        fits = fits and (self.type == "ov" or channels == width)
+        if self.type not in SUBGRAPH_TYPES or self.type == "norm-linear" or not fits:
+            raise UnsupportedError(
+                f"{channels} rows of {source.out_features} from {self.first_row} on, in heads of {head}, are no "
+                f"{self.type} source for {path}.{self.target} with {width} columns",
+                where=f"{path}.{self.source}",
+                remedy="correct the subgraph that the model's adapter gives",
+            )
+        columns = _repeated(channels, head, width) if self.type == "ov" else torch.arange(width)
+        rows = torch.arange(self.first_row, self.first_row + channels)
+        return Subgraph(
+            self.type, f"{path}.{self.source}", (f"{path}.{self.target}",), columns, rows, head_dim=self.head_dim
+        )
+
+
 def is_norm(module: nn.Module) -> bool:
     """Whether a module is a normalisation with a weight per channel."""
     weight = module._parameters.get("weight")  # pyright: ignore[reportPrivateUsage]
     return "norm" in type(module).__name__.lower() and weight is not None and weight.dim() == 1
 
 
-def candidates(root: nn.Module, block: str) -> list[list[Subgraph]]:
-    """The ``ov`` and ``up-down`` subgraphs that a block may have, from names and shapes alone.
+def candidates(root: nn.Module, block: str, given: Sequence[GivenSubgraph] = ()) -> list[list[Subgraph]]:
+    """The subgraphs between linears that a block may have, from names and shapes alone.
 
     Args:
         root: the model; parameters may be on ``meta``.
         block: dotted name of the block.
+        given: what an adapter adds or corrects.
 
     Returns:
         For each place the possible layouts, most common first; at most one of them holds.
+
+    Raises:
+        UnsupportedError: what is given does not fit the block.
     """
+    told: dict[str, list[Subgraph]] = {}
     found: list[list[Subgraph]] = []
     for name, parent in named_modules(root.get_submodule(block)):
         path = f"{block}.{name}" if name else block
+        told |= {graph.source: [graph] for one in given if (graph := one.below(path, parent)) is not None}
         linears = {leaf: child for leaf, child in parent.named_children() if isinstance(child, nn.Linear)}
         found += [options for options in (_value_output(path, parent, linears), _up_down(path, linears)) if options]
-    return found
+    return [*told.values(), *(options for options in found if options[0].source not in told)]
 
 
 def _first(linears: dict[str, nn.Linear], names: tuple[str, ...]) -> str | None:

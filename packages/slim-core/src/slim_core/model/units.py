@@ -23,6 +23,7 @@ from slim_core.model.attention import AttentionAccess, AttentionInfo, Tap
 from slim_core.model.biases import drop_bias, expect_bias
 from slim_core.model.linears import is_linear
 from slim_core.model.skeleton import find_blocks, named_modules
+from slim_core.model.subgraphs import GivenSubgraph
 
 __all__ = ["Addition", "LinearInfo", "StreamedModel", "Unit"]
 
@@ -87,6 +88,7 @@ class StreamedModel:
         skip: checkpoint tensors that are not read through this model (those of quantized linears).
         attention: the attentions of the model and the way to their states; None if nobody knows.
         joined: tensors of the source that are stored in parts, see :class:`JoinedSource`; the parts are written.
+        subgraphs, unsmoothed: what an adapter says of where outliers can be moved.
 
     Raises:
         InvalidModelError: a parameter has no tensor, or one of another shape.
@@ -101,6 +103,8 @@ class StreamedModel:
     skip: frozenset[str] = frozenset()
     attention: AttentionAccess | None = None
     joined: Mapping[str, tuple[str, ...]] = field(default_factory=dict[str, tuple[str, ...]])
+    subgraphs: tuple[GivenSubgraph, ...] = ()
+    unsmoothed: tuple[str, ...] = ()
     units: list[Unit] = field(default_factory=list[Unit], init=False)
 
     def __post_init__(self) -> None:

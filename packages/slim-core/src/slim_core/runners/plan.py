@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 from slim_core.devices import Devices
 from slim_core.errors import UnsupportedError
@@ -12,10 +13,10 @@ from slim_core.model.units import StreamedModel
 from slim_core.processors.base import (
     Assignment,
     AttentionAssignment,
+    AttentionState,
     Example,
     LinearRule,
     Processor,
-    StateRequest,
     create_processor,
 )
 from slim_core.quantization.statistics import Need
@@ -82,7 +83,7 @@ class Plan:
     attentions: dict[str, AttentionAssignment] = field(default_factory=dict[str, AttentionAssignment])
     fresh: dict[str, frozenset[Need]] = field(default_factory=dict[str, frozenset[Need]])
     fresh_states: frozenset[str] = frozenset()
-    states: frozenset[StateRequest] = frozenset()
+    states: frozenset[AttentionState] = frozenset()
     stages: tuple[PlannedStage, ...] = ()
     experts: PlannedExperts = field(default_factory=lambda: PlannedExperts({}))
 
@@ -98,7 +99,7 @@ class Plan:
     def bytes_out(self) -> int:
         return self.output.nbytes
 
-    @property
+    @cached_property
     def trained(self) -> frozenset[str]:
         """The linears that learn while their block is run aside."""
         return trained_linears(self.processors, self.assignments)
@@ -238,7 +239,7 @@ def _prepared(model: StreamedModel, processors: list[Processor], example: Exampl
             remedy="leave this processor out",
         )
     query_keys = any(processor.uses_query_keys for processor in curious)
-    structure = discover(model, example(), query_keys=query_keys, outside=original).unshared(model)
+    structure = discover(model, example(), query_keys=query_keys, outside=original).smoothable(model)
     for processor in curious:
         processor.adopt(structure, model)
     return model.with_additions(addition for processor in curious for addition in processor.additions())

@@ -9,7 +9,7 @@ from slim_core.errors import UnsupportedError
 from slim_core.model.attention import AttentionInfo
 from slim_core.processors.base import AttentionAssignment, AttentionRule
 from slim_core.quantization.attention import check_attention
-from slim_core.recipe import NameFilter
+from slim_core.runners.plan_rules import first_to_name, why_float
 
 __all__ = ["FLOAT", "PlannedAttention", "assign_attentions", "planned_attentions"]
 
@@ -40,22 +40,14 @@ def assign_attentions(
             where=f"spec.{rules[0].position}",
             remedy="leave this processor out",
         )
-    assignments: dict[str, AttentionAssignment] = {}
-    twice: dict[tuple[str, str], list[str]] = {}
-    names = [info.name for info in attentions]
-    for rule in rules:
-        for info in attentions:
-            if not rule.filter.matches(info.name):
-                continue
-            if owner := assignments.get(info.name):
-                twice.setdefault((rule.position, owner.position), []).append(info.name)
-                continue
-            check_attention(rule.form, info)
-            assignments[info.name] = AttentionAssignment(rule.form, rule.position, f"spec.{rule.position}")
-    warnings = [
-        f"spec.{later} names {len(shared)} attentions that spec.{first} has taken (first wins), e.g. {shared[0]}"
-        for (later, first), shared in twice.items()
-    ]
+    infos = {info.name: info for info in attentions}
+    names = list(infos)
+    owners, warnings = first_to_name(rules, names, "attentions")
+    for name, rule in owners.items():
+        check_attention(rule.form, infos[name])
+    assignments = {
+        name: AttentionAssignment(rule.form, rule.position, f"spec.{rule.position}") for name, rule in owners.items()
+    }
     for rule in rules:
         warnings += [
             f"spec.{rule.position}.{side}: pattern {pattern!r} matches no attention of the decoder blocks"
@@ -77,15 +69,6 @@ def planned_attentions(
     planned: list[PlannedAttention] = []
     for info in attentions:
         found = assignments.get(info.name)
-        becomes, reason = (str(found.form), found.reason) if found else (FLOAT, _why_float(info.name, rules))
+        becomes, reason = (str(found.form), found.reason) if found else (FLOAT, why_float(info.name, rules))
         planned.append(PlannedAttention(info.name, becomes, reason, info))
     return tuple(planned)
-
-
-def _why_float(name: str, rules: Sequence[AttentionRule]) -> str:
-    excluded = [
-        f"spec.{rule.position}.exclude"
-        for rule in rules
-        if rule.filter.exclude and NameFilter(rule.filter.exclude).matches(name)
-    ]
-    return f"excluded by {', '.join(excluded)}" if excluded else "named by no rule"

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from slim_core.model.units import LinearInfo, StreamedModel, Unit
 from slim_core.processors.base import Assignment, LinearRule
 from slim_core.quantization.kinds import LayerKind
-from slim_core.recipe import NameFilter
+from slim_core.runners.plan_rules import first_to_name, why_float
 from slim_core.savers.loaders import MAIN_ENGINE, lost_biases, mixed_fusions, unloadable
 
 __all__ = ["PlannedLinear", "assign_linears", "engine_warnings", "planned_linears"]
@@ -27,23 +27,13 @@ class PlannedLinear:
 
 def assign_linears(linears: list[LinearInfo], rules: list[LinearRule]) -> tuple[dict[str, Assignment], list[str]]:
     """The first rule that names a linear has it; later ones that name it too are worth a warning."""
-    assignments: dict[str, Assignment] = {}
-    twice: dict[tuple[str, str], list[str]] = {}
     widths = {linear.name: linear.in_features for linear in linears if linear.in_block}
     names = list(widths)
-    for rule in rules:
-        for name in names:
-            if not rule.filter.matches(name):
-                continue
-            if owner := assignments.get(name):
-                twice.setdefault((rule.position, owner.position), []).append(name)
-            else:
-                form = rule.form.for_width(widths[name])
-                assignments[name] = Assignment(form, rule.position, f"spec.{rule.position}", rule.needs)
-    warnings = [
-        f"spec.{later} names {len(shared)} linears that spec.{first} has taken (first wins), e.g. {shared[0]}"
-        for (later, first), shared in twice.items()
-    ]
+    owners, warnings = first_to_name(rules, names, "linears")
+    assignments = {
+        name: Assignment(rule.form.for_width(widths[name]), rule.position, f"spec.{rule.position}", rule.needs)
+        for name, rule in owners.items()
+    }
     # To exclude the head is pointless but no mistake.
     every = [linear.name for linear in linears]
     for rule in rules:
@@ -100,11 +90,4 @@ def planned_linears(
 
 
 def _why_float(linear: LinearInfo, rules: list[LinearRule]) -> str:
-    if not linear.in_block:
-        return "outside the decoder blocks"
-    excluded = [
-        f"spec.{rule.position}.exclude"
-        for rule in rules
-        if rule.filter.exclude and NameFilter(rule.filter.exclude).matches(linear.name)
-    ]
-    return f"excluded by {', '.join(excluded)}" if excluded else "named by no rule"
+    return why_float(linear.name, rules) if linear.in_block else "outside the decoder blocks"

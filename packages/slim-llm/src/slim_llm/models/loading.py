@@ -137,7 +137,18 @@ def open_model(folder: Path, *, trust_remote_code: bool = False) -> StreamedMode
 
     attention = Attentions(module, tensor_name)
     blocks = adapter.blocks or _find_blocks(module)
-    return StreamedModel(module, source, folder, config, blocks, tensor_name, attention=attention, joined=joined)
+    return StreamedModel(
+        module,
+        source,
+        folder,
+        config,
+        blocks,
+        tensor_name,
+        attention=attention,
+        joined=joined,
+        subgraphs=adapter.subgraphs,
+        unsmoothed=adapter.unsmoothed,
+    )
 
 
 def _find_blocks(module: Any) -> str:

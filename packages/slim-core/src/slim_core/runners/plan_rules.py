@@ -1,0 +1,46 @@
+"""How rules that name linears or attentions by pattern are settled: who has which, and what is worth telling."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypeVar
+
+from slim_core.processors.base import AttentionRule, LinearRule
+from slim_core.recipe import NameFilter
+
+__all__ = ["first_to_name", "why_float"]
+
+Rule = TypeVar("Rule", LinearRule, AttentionRule)
+
+
+def first_to_name(rules: Sequence[Rule], names: Sequence[str], what: str) -> tuple[dict[str, Rule], list[str]]:
+    """The first rule that names something has it; later ones that name it too are worth a warning.
+
+    Args:
+        what: the names are of, e.g. ``linears``.
+    """
+    owners: dict[str, Rule] = {}
+    twice: dict[tuple[str, str], list[str]] = {}
+    for rule in rules:
+        for name in names:
+            if not rule.filter.matches(name):
+                continue
+            if (owner := owners.get(name)) is not None:
+                twice.setdefault((rule.position, owner.position), []).append(name)
+            else:
+                owners[name] = rule
+    warnings = [
+        f"spec.{later} names {len(shared)} {what} that spec.{first} has taken (first wins), e.g. {shared[0]}"
+        for (later, first), shared in twice.items()
+    ]
+    return owners, warnings
+
+
+def why_float(name: str, rules: Sequence[LinearRule] | Sequence[AttentionRule]) -> str:
+    """Why no rule has it."""
+    excluded = [
+        f"spec.{rule.position}.exclude"
+        for rule in rules
+        if rule.filter.exclude and NameFilter(rule.filter.exclude).matches(name)
+    ]
+    return f"excluded by {', '.join(excluded)}" if excluded else "named by no rule"
