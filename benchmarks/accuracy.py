@@ -1,6 +1,7 @@
 """What every quantization type costs on the shipped trained model, from the written files.
 
     python benchmarks/accuracy.py [--only w8a8 w4a8] [--recipes FOLDER] [--model MODEL] [--text TEXT]
+    python benchmarks/accuracy.py --propagate quantized
 
 Runs ``slim quant`` and ``slim eval`` for every quantization type that the practice library has for the model, then for
 the recipes in ``benchmarks/recipes`` (or another folder). Prints a Markdown table: perplexity and its ratio to the
@@ -20,6 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
+
+import yaml
 
 from slim_core.practices import QUANT_TYPES
 
@@ -69,19 +72,29 @@ def measure(name: str, how: list[str], options: argparse.Namespace, scratch: Pat
     return Row(name, json.loads(scores.read_text()), median(known) if known else None, seconds)
 
 
-def practices(model_type: str) -> list[str]:
-    """The quantization types that the library has for the model itself."""
+def practices(model_type: str) -> dict[str, Path]:
+    """The quantization types that the library has for the model itself, with their files."""
     from slim_core.dispatch import match_practice
     from slim_core.errors import SlimError
 
-    found: list[str] = []
+    found: dict[str, Path] = {}
     for quant_type in QUANT_TYPES:
         try:
-            if match_practice(model_type, quant_type).question is None:
-                found.append(quant_type)
+            selection = match_practice(model_type, quant_type)
         except SlimError:
             continue
+        if selection.question is None:
+            found[quant_type] = selection.practice.path
     return found
+
+
+def propagating(recipe: Path, propagate: str, scratch: Path) -> list[str]:
+    """The recipe with another ``propagate``."""
+    content = yaml.safe_load(recipe.read_text("utf-8"))
+    content["spec"]["propagate"] = propagate
+    changed = scratch / f"{recipe.stem}-{propagate}.yaml"
+    changed.write_text(yaml.safe_dump(content), "utf-8")
+    return ["--config_path", str(changed)]
 
 
 def main() -> None:
@@ -90,10 +103,13 @@ def main() -> None:
     parser.add_argument("--text", type=Path, default=ROOT / "examples" / "heldout.txt")
     parser.add_argument("--recipes", type=Path, default=ROOT / "benchmarks" / "recipes")
     parser.add_argument("--only", nargs="*", help="names of quantization types and recipes")
+    parser.add_argument("--propagate", choices=("float", "quantized"), help="instead of what the recipes say")
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
-    jobs = {name: ["--quant_type", name] for name in practices(options.model.name)}
-    jobs |= {path.stem: ["--config_path", str(path)] for path in sorted(options.recipes.glob("*.yaml"))}
+    files = practices(options.model.name)
+    jobs = {name: ["--quant_type", name] for name in files}
+    files |= {path.stem: path for path in sorted(options.recipes.glob("*.yaml"))}
+    jobs = {name: jobs.get(name) or ["--config_path", str(path)] for name, path in files.items()}
     if options.only:
         jobs = {name: how for name, how in jobs.items() if name in options.only}
     heads = ["recipe", "perplexity", "ratio", "KL (nats)", "same first token", "weights (dB)", "logits (dB)", "time"]
@@ -101,6 +117,8 @@ def main() -> None:
     original: float | None = None
     with tempfile.TemporaryDirectory() as scratch:
         for name, how in jobs.items():
+            if options.propagate:
+                how = propagating(files[name], options.propagate, Path(scratch))
             row = measure(name, how, options, Path(scratch))
             if original is None:
                 original = row.scores["perplexity"]

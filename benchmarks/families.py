@@ -107,7 +107,7 @@ def _import_all() -> None:
     importlib.import_module("slim_llm.quantize")
     build("llama", torch.float32)
     # Nobody looks at the pictures of these reports, and they take half the time.
-    report = importlib.import_module("slim_core.evaluation.report")
+    report = importlib.import_module("slim_core.evaluation.report.write")
     report.draw_plots = lambda _data: {}  # pyright: ignore[reportAttributeAccessIssue]
 
 
@@ -185,8 +185,7 @@ def _by_slim(outcome: Outcome, folder: Path, logits: Tensor) -> None:
         written = folder / scheme
         request = QuantRequest(model_path=model, save_path=written, model_type=outcome.model_type, device="cpu")
         recipe = recipe_from_dict({"apiversion": "modelslim_v1", "spec": spec})
-        result = LlmService().quantize(request, recipe, SilentProgress())
-        del result
+        LlmService().quantize(request, recipe, SilentProgress())
         outcome.step = f"verify {scheme}"
         report = verify_folder(written, model)
         if not report.ok:
@@ -204,13 +203,13 @@ def _by_slim(outcome: Outcome, folder: Path, logits: Tensor) -> None:
         if not 1 / MOST_RATIO < score.ratio < MOST_RATIO or score.logits_sqnr_db < LEAST_SQNR:
             raise _WrongError(f"ratio {score.ratio:.4f}, {score.logits_sqnr_db:.1f} dB")
         outcome.step = f"read {scheme} back"
-        rebuilt = rebuild(model, written, folder / f"{scheme}-rebuilt")
-        outcome.quantized = len(rebuilt.quantized)
-        outcome.figures["share"] = _share(model, rebuilt.quantized)
-        outcome.kinds = sorted({".".join(p for p in name.split(".") if not p.isdigit()) for name in rebuilt.quantized})
-        if not rebuilt.quantized:
+        quantized = rebuild(model, written, folder / f"{scheme}-rebuilt")
+        outcome.quantized = len(quantized)
+        outcome.figures["share"] = _share(model, quantized)
+        outcome.kinds = sorted({".".join(p for p in name.split(".") if not p.isdigit()) for name in quantized})
+        if not quantized:
             raise _WrongError("nothing is quantized")
-        if routers := [name for name in rebuilt.quantized if _routes(name)]:
+        if routers := [name for name in quantized if _routes(name)]:
             raise _WrongError(f"{routers[0]!r} is quantized, and has the name of a router")
         found = _middle_sqnr(logits, _logits(_load(folder / f"{scheme}-rebuilt")))
         outcome.figures[f"{scheme} weights dB"] = found

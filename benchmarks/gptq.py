@@ -21,18 +21,9 @@ from torch import Tensor
 from slim_core.quantization.methods.gptq import GptqOptions, gptq_weight
 from slim_core.quantization.methods.ssz import ssz_weight
 from slim_core.quantization.statistics import Hessian
+from slim_core.quantization.weights import InMemory
 
 BLOCK = 128
-
-
-class InMemory:
-    """A weight in memory."""
-
-    def __init__(self, matrix: Tensor) -> None:
-        self.matrix, self.shape = matrix, tuple(matrix.shape)
-
-    def rows(self, start: int, stop: int) -> Tensor:
-        return self.matrix[start:stop]
 
 
 def correlated(tokens: int, width: int, generator: torch.Generator) -> Tensor:

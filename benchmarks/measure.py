@@ -89,12 +89,11 @@ def run_python(code: str, *arguments: str, environment: dict[str, str] | None = 
     return told, cost
 
 
-def quantize(model: Path, recipe: Path, out: Path, keep: bool = False, sync: bool = True) -> Cost:
+def quantize(model: Path, recipe: Path, out: Path, sync: bool = True) -> Cost:
     """Quantize a folder in a process of its own; without ``sync`` the output is not forced to disk."""
     shutil.rmtree(out, ignore_errors=True)
     _, cost = run_python(_WORKER, str(model), str(out), str(recipe), str(sync))
-    if not keep:
-        shutil.rmtree(out, ignore_errors=True)
+    shutil.rmtree(out, ignore_errors=True)
     return cost
 
 

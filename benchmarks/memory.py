@@ -3,7 +3,7 @@
     python benchmarks/memory.py /tmp/scratch [--large]
     python benchmarks/memory.py /tmp/scratch --prediction gptq flex autoround
 
-8 blocks against 32 of the same shape, data-free and calibrated; ``--large`` adds a checkpoint of 28 GB.
+8 blocks against 32 of the same shape, data-free and calibrated; ``--large`` adds a checkpoint of 29.5 GB.
 ``--prediction`` holds what the plan says against what the report measured instead, one method after the other, on two
 blocks.
 """
@@ -113,8 +113,8 @@ if __name__ == "__main__":
             peaks.append(cost.peak)
         print(f"{title}: 32 blocks take {100 * (peaks[1] / peaks[0] - 1):+.1f} % of the peak of 8", flush=True)
     if arguments.large:
-        model = arguments.folder / "28gb"
+        model = arguments.folder / "large"
         size = write_checkpoint("qwen2.5-14b-like", model)
         print(f"{size / 1e9:.1f} GB, largest unit {largest_unit(model):.0f} MiB", flush=True)
-        show("28 GB data-free", quantize(model, recipes["data-free"], arguments.folder / "out"))
+        show("large, data-free", quantize(model, recipes["data-free"], arguments.folder / "out"))
         shutil.rmtree(model)

@@ -10,7 +10,6 @@ import json
 import re
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -18,21 +17,14 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-__all__ = ["Rebuilt", "rebuild"]
+__all__ = ["rebuild"]
 
 _MOST_OFF = 0.02  # of the norm; eight bits are off by less
 _WEIGHTS = re.compile(r"pytorch_model|\.safetensors")
 
 
-@dataclass
-class Rebuilt:
-    """The modules that were quantized."""
-
-    quantized: list[str]
-
-
-def rebuild(original: Path, written: Path, target: Path) -> Rebuilt:
-    """Write a float checkpoint to ``target``.
+def rebuild(original: Path, written: Path, target: Path) -> list[str]:
+    """Write a float checkpoint to ``target``; returns the modules that were quantized.
 
     Raises:
         ValueError: the written files lack a tensor of the original, have it with other values, or have one too many.
@@ -66,7 +58,7 @@ def rebuild(original: Path, written: Path, target: Path) -> Rebuilt:
     save_file(
         {name: tensor.contiguous() for name, tensor in result.items()}, target / "model.safetensors", {"format": "pt"}
     )
-    return Rebuilt(quantized)
+    return quantized
 
 
 def _read(folder: Path) -> dict[str, Tensor]:

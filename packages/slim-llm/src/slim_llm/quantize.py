@@ -74,7 +74,7 @@ class _Job:
     def extra(self) -> list[dict[str, Any]]:
         """The inputs of the extra samples, for experts that too few tokens reach."""
         dataset = self.spec.dataset
-        samples = read_samples(find_dataset(dataset.path))
+        samples = read_samples(find_dataset(dataset.path))  # again: to keep them all would take more than to read them
         main = self.calibration(dataset)
         inputs = tokenize_extra(samples, self.tokenizer, dataset, max_positions(self.model), main)
         check_token_ids(self.model, inputs)

@@ -13,8 +13,9 @@ from typing_extensions import TypedDict
 from slim_core.errors import UnexpectedError, UnsupportedError
 from slim_core.logging import get_logger
 from slim_core.memory import KEPT_BY_THE_HEAP
+from slim_core.model.block_run import BlockRun
 from slim_core.model.units import LinearInfo
-from slim_core.processors.base import Assignment, BlockRun, LinearRule, LinearWork, Processor, UnitWork
+from slim_core.processors.base import Assignment, LinearRule, LinearWork, Processor, UnitWork
 from slim_core.quantization.activations import static_parameters
 from slim_core.quantization.autoround import (
     DynamicInput,
@@ -29,7 +30,6 @@ from slim_core.quantization.autoround import (
 )
 from slim_core.quantization.building import build_layer, check_shape, needs_of
 from slim_core.quantization.kinds import LAYER_METHODS, LayerKind, LayerMethods, Scheme, layer_form
-from slim_core.quantization.statistics import Need
 from slim_core.recipe import Exclude, Include, LinearQConfig, NameFilter, Phase, ProcessorConfig
 from slim_core.recipe.base import Integer, StrictModel
 from slim_core.recipe.qconfig import ActConfig, WeightConfig
@@ -204,22 +204,12 @@ class AutoroundQuant(Processor):
     def notes(self) -> list[str]:
         return [f"{self.position}.{text}" for text in self.config.warnings()]
 
-    def requests(
-        self, linears: Sequence[LinearInfo], assignments: Mapping[str, Assignment]
-    ) -> Mapping[str, frozenset[Need]]:
-        own = self._own(linears, assignments)
-        return {info.name: needs for info in own if (needs := assignments[info.name].needs)}
-
-    def _own(self, linears: Sequence[LinearInfo], assignments: Mapping[str, Assignment]) -> list[LinearInfo]:
-        positions = {position for position, _ in self._strategies()}
-        return [info for info in linears if (a := assignments.get(info.name)) is not None and a.position in positions]
-
     def check(self, linears: Sequence[LinearInfo], assignments: Mapping[str, Assignment]) -> None:
-        for info in self._own(linears, assignments):
+        for info in self.own(linears, assignments):
             check_shape(assignments[info.name].form, info)
 
     def working_bytes(self, linears: Sequence[LinearInfo], assignments: Mapping[str, Assignment]) -> int:
-        size = sum(info.in_features * info.out_features for info in self._own(linears, assignments))
+        size = sum(info.in_features * info.out_features for info in self.own(linears, assignments))
         return TunedWeight.BYTES * size + (KEPT_BY_THE_HEAP if size else 0)
 
     def process(self, work: UnitWork) -> None:

@@ -75,9 +75,6 @@ class Awq(SearchingSmoother):
     def searches(self) -> bool:
         return True
 
-    def notes(self) -> list[str]:
-        return super().notes() + [f"{self.position}: {text}" for text in self.config.warnings()]
-
     def check(self, linears: Sequence[LinearInfo], assignments: Mapping[str, Assignment]) -> None:
         known, whole = self.rescales(), weight_form(self.config.weight_qconfig)
         for info in linears:
@@ -88,7 +85,7 @@ class Awq(SearchingSmoother):
         names, config = self.readers(graph), self.config.weight_qconfig
         sample = weights_of(names, work)
         magnitude = graph.gather(mean_inputs(seen, graph, work), "mean")
-        form = self.form(weight_form(config), graph)
+        form = weight_form(config).for_width(len(graph.columns))
         objective = Objective(
             evidence_of(seen, sample, work),
             exact,

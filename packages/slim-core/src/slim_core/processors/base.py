@@ -10,14 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import torch
 from pydantic import BaseModel
-from torch import Tensor, nn
+from torch import Tensor
 
 from slim_core.checkpoint.source import LazyTensor
 from slim_core.model.attention import AttentionInfo
+from slim_core.model.block_run import BlockRun
 from slim_core.model.structure import Structure
 from slim_core.model.units import Addition, LinearInfo, StreamedModel
 from slim_core.model.weights import UnitWeights, WeightView
@@ -33,15 +34,13 @@ __all__ = [
     "Assignment",
     "AttentionAssignment",
     "AttentionRule",
+    "AttentionState",
     "AttentionWork",
-    "BlockRun",
     "Example",
     "Extras",
     "LinearRule",
     "LinearWork",
     "Processor",
-    "StateChange",
-    "StateRequest",
     "UnitWork",
     "create_processor",
 ]
@@ -109,39 +108,11 @@ class AttentionWork:
 
 
 @dataclass(frozen=True)
-class StateChange:
-    """A state (``query``, ``key`` or ``value``) of an attention that a processor will rescale."""
+class AttentionState:
+    """A state (``query``, ``key`` or ``value``) of an attention."""
 
     attention: str
     state: str
-
-
-@dataclass(frozen=True)
-class StateRequest:
-    """A state (``query``, ``key`` or ``value``) of an attention, of which the range of every channel is needed."""
-
-    attention: str
-    state: str
-
-
-class BlockRun(Protocol):
-    """The block at work, loaded on the device, with its inputs: for processors that must run it themselves."""
-
-    @property
-    def module(self) -> nn.Module:
-        """The whole model; the block's linears are found in it by name and may be replaced for a while."""
-        ...
-
-    @property
-    def samples(self) -> int: ...
-
-    def run(self, sample: int) -> Tensor:
-        """The hidden states that the block makes of a sample as it is now, on the device; gradients flow if enabled."""
-        ...
-
-    def target(self, sample: int) -> Tensor:
-        """The hidden states that the float block should make of this sample, on the device."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -325,14 +296,14 @@ class Processor:
         """The linears whose inputs it will rescale, known after :meth:`adopt`."""
         return ()
 
-    def state_requests(self) -> Collection[StateRequest]:
+    def state_requests(self) -> Collection[AttentionState]:
         """The states whose channels it must know, of attentions quantized or not; asked after :meth:`adopt`.
 
         What was seen is in :attr:`UnitWork.states`.
         """
         return ()
 
-    def changes_states(self) -> Collection[StateChange]:
+    def changes_states(self) -> Collection[AttentionState]:
         """The states of attentions that it will rescale, known after :meth:`adopt`."""
         return ()
 
@@ -358,7 +329,12 @@ class Processor:
 
     def schemes(self) -> Mapping[str, BaseModel]:
         """By the positions in :meth:`rules` and :meth:`attention_rules`: what the recipe says of layers of these."""
-        return {self.position: getattr(self.config, "qconfig", None) or self.config}
+        return {self.position: self.config}
+
+    def own(self, linears: Sequence[LinearInfo], assignments: Mapping[str, Assignment]) -> list[LinearInfo]:
+        """Those of the linears that the plan gave to it, at one of its positions."""
+        positions = self.schemes()
+        return [info for info in linears if (a := assignments.get(info.name)) is not None and a.position in positions]
 
     def notes(self) -> list[str]:
         """Remarks on the configuration that the plan passes on to the user."""
@@ -368,11 +344,7 @@ class Processor:
         self, linears: Sequence[LinearInfo], assignments: Mapping[str, Assignment]
     ) -> Mapping[str, frozenset[Need]]:
         """What must be known of the inputs of which linears; by default what the own assignments say."""
-        return {
-            name: assignment.needs
-            for name, assignment in assignments.items()
-            if assignment.position == self.position and assignment.needs
-        }
+        return {info.name: needs for info in self.own(linears, assignments) if (needs := assignments[info.name].needs)}
 
     def check(self, linears: Sequence[LinearInfo], assignments: Mapping[str, Assignment]) -> None:
         """Refuse what the plan shows to be impossible, before any weight is read.

@@ -79,9 +79,6 @@ class FlexAwqSsz(SearchingSmoother):
     def searches(self) -> bool:
         return self.config.alpha is None
 
-    def notes(self) -> list[str]:
-        return super().notes() + [f"{self.position}: {text}" for text in self.config.warnings()]
-
     def check(self, linears: Sequence[LinearInfo], assignments: Mapping[str, Assignment]) -> None:
         known, whole = self.rescales(), layer_form(self.config.qconfig)
         for info in linears:
@@ -97,7 +94,7 @@ class FlexAwqSsz(SearchingSmoother):
             scale = exponent_scale(act, weight, alpha, 0.0)
             return Smoothing(graph, scale, choice=Choice(alpha, 0.0, weight=sample.maxima))
         qconfig = self.config.qconfig
-        form = self.form(layer_form(qconfig), graph)
+        form = layer_form(qconfig).for_width(len(graph.columns))
         objective = Objective(
             evidence_of(seen, sample, work),
             act_quantizer(qconfig.act, form, seen.channels, work.dtype),

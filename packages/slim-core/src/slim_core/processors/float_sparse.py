@@ -57,7 +57,7 @@ class FloatSparse(Processor):
         return [LinearRule(self.position, names, LayerForm(LayerKind.W16A16S), needs)]
 
     def working_bytes(self, linears: Sequence[LinearInfo], assignments: Mapping[str, Assignment]) -> int:
-        own = [info for info in linears if (a := assignments.get(info.name)) and a.position == self.position]
+        own = self.own(linears, assignments)
         return _BLOCKS + max((_bytes_of(info.out_features, info.in_features) for info in own), default=0)
 
     def process(self, work: UnitWork) -> None:

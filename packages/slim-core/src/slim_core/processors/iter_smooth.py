@@ -8,11 +8,11 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from slim_core.errors import InvalidModelError
 from slim_core.model.subgraphs import Subgraph
 from slim_core.processors.base import UnitWork
 from slim_core.processors.smoothing import Smoother, SubgraphConfig
 from slim_core.quantization.statistics import ChannelStatistics, InputStatistics
+from slim_core.quantization.statistics.problems import not_finite
 from slim_core.smoothing.scales import FLOOR, Choice, Smoothing, column_maxima, power_scale
 
 __all__ = ["IterSmooth", "IterSmoothConfig", "closed_form"]
@@ -67,7 +67,5 @@ def _finite(channels: ChannelStatistics, name: str) -> tuple[Tensor, Tensor]:
     assert low is not None
     assert high is not None
     if not bool((torch.isfinite(low) & torch.isfinite(high)).all()):
-        raise InvalidModelError(
-            "its activations hold NaN or infinity", where=name, remedy="check the model and the calibration set"
-        )
+        raise not_finite(name)
     return low, high

@@ -5,7 +5,7 @@ The static statistics of a key cache per channel follow the scale; those of whol
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from typing import Literal
 
 import torch
@@ -16,14 +16,13 @@ from slim_core.errors import UnsupportedError
 from slim_core.model.query_keys import QueryKey
 from slim_core.model.structure import Structure
 from slim_core.model.units import StreamedModel
-from slim_core.processors.base import Processor, StateChange, StateRequest, UnitWork
+from slim_core.processors.base import AttentionState, Processor, UnitWork
+from slim_core.processors.smoothing import some_reasons
 from slim_core.recipe import Exclude, Include, NameFilter, Phase, ProcessorConfig
 from slim_core.smoothing.keys import key_edits, key_scale
 from slim_core.smoothing.scales import SmoothingNote, spread_of
 
 __all__ = ["KVSmooth", "KVSmoothConfig"]
-
-_SHOWN = 3
 
 
 class KVSmoothConfig(ProcessorConfig):
@@ -71,7 +70,7 @@ class KVSmooth(Processor):
         if not set(names) - set(refused):
             raise UnsupportedError(
                 "no attention of this model can be smoothed"
-                + (f": {_some(refused)}" if refused else ", because none was found that keeps keys and values"),
+                + (f": {some_reasons(refused)}" if refused else ", because none was found that keeps keys and values"),
                 where=f"spec.{self.position}",
                 remedy="leave this processor out",
             )
@@ -81,7 +80,7 @@ class KVSmooth(Processor):
             )
         wanted = {name for name in names if self.config.include and chosen.matches(name)}
         if left := {name: why for name, why in refused.items() if name in wanted}:
-            self._notes.append(f"spec.{self.position} cannot smooth {len(left)} attentions: {_some(left)}")
+            self._notes.append(f"spec.{self.position} cannot smooth {len(left)} attentions: {some_reasons(left)}")
         self._places = {
             unit: [place for place in found.found if place.attention in wanted]
             for unit, found in structure.keys.items()
@@ -99,11 +98,11 @@ class KVSmooth(Processor):
     def _all(self) -> list[QueryKey]:
         return [place for places in self._places.values() for place in places]
 
-    def state_requests(self) -> Collection[StateRequest]:
-        return [StateRequest(place.attention, "key") for place in self._all()]
+    def state_requests(self) -> Collection[AttentionState]:
+        return [AttentionState(place.attention, "key") for place in self._all()]
 
-    def changes_states(self) -> Collection[StateChange]:
-        return [StateChange(place.attention, state) for place in self._all() for state in ("query", "key")]
+    def changes_states(self) -> Collection[AttentionState]:
+        return [AttentionState(place.attention, state) for place in self._all() for state in ("query", "key")]
 
     def process(self, work: UnitWork) -> None:
         for place in self._places.get(work.name, ()):
@@ -126,8 +125,3 @@ class KVSmooth(Processor):
             act_spread_before=spread_of(absmax),
             act_spread_after=spread_of(absmax / place.of_keys(scale)),
         )
-
-
-def _some(reasons: Mapping[str, str]) -> str:
-    listed = [f"{name}: {reason}" for name, reason in list(reasons.items())[:_SHOWN]]
-    return "; ".join(listed) + ("; ..." if len(reasons) > len(listed) else "")

@@ -50,19 +50,20 @@ class LinearQuant(Processor):
         names = NameFilter(self.config.include, self.config.exclude)
         return [LinearRule(self.position, names, layer_form(self.config.qconfig), needs_of(self.config.qconfig))]
 
+    def schemes(self) -> Mapping[str, LinearQConfig]:
+        return {self.position: self.config.qconfig}
+
     def notes(self) -> list[str]:
         return [f"{self.position}: {text}" for text in self.config.qconfig.warnings()]
 
     def check(self, linears: Sequence[LinearInfo], assignments: Mapping[str, Assignment]) -> None:
-        for info in linears:
-            assignment = assignments.get(info.name)
-            if assignment is not None and assignment.position == self.position:
-                check_shape(assignment.form, info)
+        for info in self.own(linears, assignments):
+            check_shape(assignments[info.name].form, info)
 
     def working_bytes(self, linears: Sequence[LinearInfo], assignments: Mapping[str, Assignment]) -> int:
         if self.config.qconfig.weight.method != "gptq":
             return 0
-        own = [info for info in linears if (a := assignments.get(info.name)) and a.position == self.position]
+        own = self.own(linears, assignments)
         return max((gptq_bytes(info.out_features, info.in_features) for info in own), default=0)
 
     def process(self, work: UnitWork) -> None:

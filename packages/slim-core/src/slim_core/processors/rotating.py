@@ -20,7 +20,7 @@ from slim_core.rotation.matrices import Rotation
 from slim_core.rotation.model import RotatedModel, rotate_model
 from slim_core.rotation.online_places import OnlineChoice
 
-__all__ = ["DRAFT_FILE", "ROTATION_FILE", "BlockSize", "PowerOfTwo", "Rotating", "RotatingConfig"]
+__all__ = ["BlockSize", "PowerOfTwo", "Rotating", "RotatingConfig"]
 
 ROTATION_FILE = "optional/quarot.safetensors"
 DRAFT_FILE = "rot.safetensors"

@@ -8,13 +8,12 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from slim_core.errors import InvalidModelError
 from slim_core.model.subgraphs import Subgraph
 from slim_core.model.units import LinearInfo
 from slim_core.processors.base import Assignment, UnitWork
 from slim_core.processors.smoothing import Smoother, is_routed
-from slim_core.quantization.kinds import LayerForm
 from slim_core.quantization.statistics import InputStatistics, Need
+from slim_core.quantization.statistics.problems import not_finite
 from slim_core.smoothing.search import Evidence, WeightSample, working_bytes
 
 __all__ = ["SearchingSmoother"]
@@ -63,10 +62,6 @@ class SearchingSmoother(Smoother):
         """The targets that can be quantized, on which scales are judged; routers and the like are scaled along."""
         return [target for target in graph.targets if target in self._linears] or list(graph.targets)
 
-    def form(self, whole: LayerForm, graph: Subgraph) -> LayerForm:
-        """The form of a layer of this subgraph."""
-        return whole.for_width(len(graph.columns))
-
 
 def weights_of(names: Sequence[str], work: UnitWork) -> WeightSample:
     """The weights of linears that share their input."""
@@ -112,10 +107,7 @@ def mean_inputs(seen: InputStatistics, graph: Subgraph, work: UnitWork) -> Tenso
 
 def _checked(values: Tensor, graph: Subgraph) -> Tensor:
     if not bool(torch.isfinite(values).all()):
-        where = graph.targets[0]
-        raise InvalidModelError(
-            "its activations hold NaN or infinity", where=where, remedy="check the model and the calibration set"
-        )
+        raise not_finite(graph.targets[0])
     return values.cpu()
 
 

@@ -19,6 +19,8 @@ __all__ = ["SmoothQuant", "SmoothQuantConfig"]
 class SmoothQuantConfig(SmootherConfig):
     """Smooth the linears behind every norm by ``s = A^alpha / B^(1 - alpha)``."""
 
+    kinds = ("norm-linear",)
+
     type: Literal["smooth_quant"] = "smooth_quant"
     alpha: float = Field(default=0.5, ge=0, le=1, description="How much of an outlier moves into the weights")
     symmetric: bool = Field(default=True, description="false: also centre the inputs")
@@ -29,7 +31,6 @@ class SmoothQuant(Smoother):
 
     Config = SmoothQuantConfig
     config: SmoothQuantConfig
-    kinds = ("norm-linear",)
 
     @property
     def shifts(self) -> bool:

@@ -15,12 +15,12 @@ from slim_core.logging import get_logger
 from slim_core.model.structure import Structure
 from slim_core.model.subgraphs import SUBGRAPH_TYPES, Subgraph
 from slim_core.model.units import Addition, LinearInfo, StreamedModel
-from slim_core.processors.base import Assignment, Processor, StateChange, UnitWork
+from slim_core.processors.base import Assignment, AttentionState, Processor, UnitWork
 from slim_core.quantization.statistics import InputStatistics, Need
 from slim_core.recipe import Exclude, Include, NameFilter, Phase, ProcessorConfig
 from slim_core.smoothing.scales import Smoothing, SmoothingNote, edits_of, note_of
 
-__all__ = ["Smoother", "SmootherConfig", "SubgraphConfig", "SubgraphType", "is_routed", "seen_by"]
+__all__ = ["Smoother", "SmootherConfig", "SubgraphConfig", "is_routed", "some_reasons"]
 
 _logger = get_logger(__name__)
 SubgraphType = Literal["norm-linear", "linear-linear", "ov", "up-down"]
@@ -30,9 +30,16 @@ class SmootherConfig(ProcessorConfig):
     """Which subgraphs are smoothed. Patterns name their *source*: the norm, ``v_proj``, ``up_proj``."""
 
     phase = Phase.SMOOTHING
+    kinds: ClassVar[tuple[str, ...]] = SUBGRAPH_TYPES
+    """The types of subgraphs that can be smoothed. A model without any of them is refused."""
 
     include: Include = Field(default=(), description="Patterns of sources to smooth; empty means all")
     exclude: Exclude = Field(default=(), description="Patterns of sources to leave alone; wins over include")
+
+    @property
+    def types(self) -> tuple[str, ...]:
+        """The types of subgraphs that are smoothed."""
+        return self.kinds
 
     @field_validator("include", "exclude", mode="before")
     @classmethod
@@ -47,6 +54,10 @@ class SubgraphConfig(SmootherConfig):
         default=SUBGRAPH_TYPES, description="Types of subgraphs to smooth. Default: all"
     )
 
+    @property
+    def types(self) -> tuple[str, ...]:
+        return self.enable_subgraph_type
+
 
 class Smoother(Processor, ABC):
     """Base of the smoothing processors: a subclass chooses the scale of a subgraph."""
@@ -54,8 +65,6 @@ class Smoother(Processor, ABC):
     config: Any
     needs: ClassVar[frozenset[Need]] = frozenset({Need.CHANNELS})
     """What must be known of the inputs of the targets."""
-    kinds: ClassVar[tuple[str, ...]] = SUBGRAPH_TYPES
-    """The types of subgraphs that it can smooth. A model without any of them is refused."""
 
     def __init__(self, config: Any, position: str) -> None:
         super().__init__(config, position)
@@ -64,11 +73,6 @@ class Smoother(Processor, ABC):
         self._shifted: set[str] = set()
         self._latent: set[str] = set()
         self._model_dtype: torch.dtype | None = None
-
-    @property
-    def types(self) -> Collection[str]:
-        """The types of subgraphs that it smooths."""
-        return getattr(self.config, "enable_subgraph_type", self.kinds)
 
     @property
     def shifts(self) -> bool:
@@ -85,6 +89,7 @@ class Smoother(Processor, ABC):
 
     def adopt(self, structure: Structure, model: StreamedModel) -> None:
         chosen = NameFilter(self.config.include, self.config.exclude)
+        kinds, types = self.config.kinds, self.config.types
         self._linears = {info.name: info for unit in model.units for info in unit.linears}
         self._model_dtype = model.dtype
         self._parameters = {name for unit in model.units for name in unit.parameters}
@@ -95,17 +100,16 @@ class Smoother(Processor, ABC):
             for unit, found in structure.findings.items()
         }
         self._graphs = {
-            unit: [g for g in graphs if g.type in self.types and chosen.matches(g.source)]
-            for unit, graphs in known.items()
+            unit: [g for g in graphs if g.type in types and chosen.matches(g.source)] for unit, graphs in known.items()
         }
         every = [graph for graphs in known.values() for graph in graphs]
-        self._note(structure, chosen, [graph.source for graph in every if graph.type in self.types])
-        if not any(graph.type in self.kinds for graph in every):
-            only = "" if self.kinds == SUBGRAPH_TYPES else f" of type {', '.join(self.kinds)}"
+        self._note(structure, chosen, [graph.source for graph in every if graph.type in types])
+        if not any(graph.type in kinds for graph in every):
+            only = "" if kinds == SUBGRAPH_TYPES else f" of type {', '.join(kinds)}"
             refused = structure.refused()
             raise UnsupportedError(
                 f"no subgraph{only} of this model can be smoothed"
-                + (f": {_some(refused)}" if refused else ", because none was found"),
+                + (f": {some_reasons(refused)}" if refused else ", because none was found"),
                 where=f"spec.{self.position}",
                 remedy="leave this processor out",
             )
@@ -122,7 +126,7 @@ class Smoother(Processor, ABC):
             )
         refused = {s: reason for s, reason in structure.refused().items() if chosen.matches(s)}
         if refused:
-            self._notes.append(f"spec.{self.position} cannot smooth {len(refused)} places: {_some(refused)}")
+            self._notes.append(f"spec.{self.position} cannot smooth {len(refused)} places: {some_reasons(refused)}")
         if not any(self._graphs.values()):
             self._notes.append(f"spec.{self.position} smooths nothing")
 
@@ -165,7 +169,7 @@ class Smoother(Processor, ABC):
         return f"{self.config.type}: {', '.join(parts)} smoothed{shifted}" if parts else ""
 
     def notes(self) -> list[str]:
-        return self._notes
+        return [*self._notes, *(f"{self.position}: {text}" for text in self.config.warnings())]
 
     def requests(
         self, linears: Sequence[LinearInfo], assignments: Mapping[str, Assignment]
@@ -175,13 +179,13 @@ class Smoother(Processor, ABC):
     def rescales(self) -> Collection[str]:
         return {target for graphs in self._graphs.values() for graph in graphs for target in graph.targets}
 
-    def changes_states(self) -> Collection[StateChange]:
+    def changes_states(self) -> Collection[AttentionState]:
         every = [graph for graphs in self._graphs.values() for graph in graphs]
         owners = {graph.source.rpartition(".")[0] for graph in every if graph.type == "ov"} - self._latent
-        changes = {StateChange(attention, "value") for attention in owners}
+        changes = {AttentionState(attention, "value") for attention in owners}
         for attention in {self._latent_of(target) for graph in every for target in graph.targets} - {None}:
             assert attention is not None
-            changes |= {StateChange(attention, state) for state in ("query", "key", "value")}
+            changes |= {AttentionState(attention, state) for state in ("query", "key", "value")}
         return changes
 
     def additions(self) -> list[Addition]:
@@ -213,15 +217,14 @@ class Smoother(Processor, ABC):
                 work.note(SmoothingNote(self.position, graph.type, graph.source, graph.targets, 0, skipped=reason))
                 continue
             smoothing = self.choose(graph, seen, work)
-            if smoothing is not None:
-                done = carry_out(smoothing, work) if smoothing.changes else smoothing
-                work.note(note_of(done, seen.channels, self.position))
+            done = carry_out(smoothing, work) if smoothing.changes else smoothing
+            work.note(note_of(done, seen.channels, self.position))
         for reason, sources in skipped.items():
             _logger.warning("%s: these are not smoothed, because %s: %s", work.name, reason, ", ".join(sources))
 
     @abstractmethod
-    def choose(self, graph: Subgraph, seen: InputStatistics, work: UnitWork) -> Smoothing | None:
-        """The scale (and shift) of a subgraph; None to leave it alone.
+    def choose(self, graph: Subgraph, seen: InputStatistics, work: UnitWork) -> Smoothing:
+        """The scale (and shift) of a subgraph.
 
         Args:
             seen: statistics of the input of its targets.
@@ -280,6 +283,7 @@ def carry_out(smoothing: Smoothing, work: UnitWork) -> Smoothing:
     return done
 
 
-def _some(reasons: Mapping[str, str]) -> str:
-    listed = [f"{source}: {reason}" for source, reason in list(reasons.items())[:3]]
+def some_reasons(reasons: Mapping[str, str]) -> str:
+    """The first few of what is refused, by name, with the reasons."""
+    listed = [f"{name}: {reason}" for name, reason in list(reasons.items())[:3]]
     return "; ".join(listed) + ("; ..." if len(reasons) > len(listed) else "")

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from slim_core.quantization.affine import affine_parameters
+from slim_core.quantization.affine import stored_parameters
 from slim_core.quantization.clipping import Metric, clipping_range
 from slim_core.quantization.statistics import InputStatistics
 from slim_core.recipe.qconfig import ActConfig, Ext
 
-__all__ = ["HistogramOptions", "range_parameters", "static_parameters"]
+__all__ = ["HistogramOptions", "static_parameters"]
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def static_parameters(
     """
 
     def grid(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-        return range_parameters(low, high, config.symmetric, dtype)
+        return stored_parameters(low, high, 8, config.symmetric, dtype)
 
     if seen.siblings is not None:
         return grid(*seen.siblings.range.bounds("max", name))
@@ -64,13 +64,3 @@ def static_parameters(
             )
         )
     return grid(*seen.range.bounds(config.ext.get("aggregation_type", "max"), name))
-
-
-def range_parameters(low: Tensor, high: Tensor, symmetric: bool, dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:
-    """Scale and offset of int8 inputs in these ranges, of any shape; else as :func:`static_parameters`."""
-    scale, offset = affine_parameters(low, high, bits=8, symmetric=symmetric)
-    if dtype is not None:
-        scale = scale.to(dtype).float()
-    if not symmetric:
-        offset = (torch.round(-low.clamp(max=0.0) / scale) - 128).clamp(-128, 127)
-    return scale, offset

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 __all__ = ["EPSILON", "affine_parameters", "by_groups", "dequantize", "dequantize_groups", "quantize"]
-__all__ += ["quantize_groups", "quantize_per_token"]
+__all__ += ["quantize_groups", "quantize_per_token", "stored_parameters"]
 
 EPSILON = torch.finfo(torch.float32).eps
 
@@ -40,6 +40,24 @@ def affine_parameters(minimum: Tensor, maximum: Tensor, bits: int, symmetric: bo
     levels = 2**bits - 1
     scale = (high / levels - low / levels).clamp(min=EPSILON)
     return scale, torch.round(-low / scale) - 2 ** (bits - 1)
+
+
+def stored_parameters(
+    minimum: Tensor, maximum: Tensor, bits: int, symmetric: bool, dtype: torch.dtype | None
+) -> tuple[Tensor, Tensor]:
+    """:func:`affine_parameters` whose scale is a number of ``dtype``, because it is stored in that; None: float32.
+
+    The offset is taken from that scale, and kept within the codes: a scale that was rounded down asks for more levels
+    than there are.
+    """
+    scale, offset = affine_parameters(minimum, maximum, bits, symmetric)
+    if dtype is None or dtype == torch.float32:
+        return scale, offset
+    scale = scale.to(dtype).float()
+    if not symmetric:
+        half = 2 ** (bits - 1)
+        offset = (torch.round(-minimum.float().clamp(max=0.0) / scale) - half).clamp(-half, half - 1)
+    return scale, offset
 
 
 def quantize(x: Tensor, scale: Tensor, offset: Tensor, bits: int) -> Tensor:

@@ -17,14 +17,14 @@ from torch import Tensor
 
 from slim_core.errors import UnexpectedError, UnsupportedError
 from slim_core.model.attention import AttentionInfo, States
-from slim_core.quantization.affine import EPSILON, affine_parameters, dequantize, quantize, quantize_per_token
+from slim_core.quantization.affine import EPSILON, dequantize, quantize, quantize_per_token, stored_parameters
 from slim_core.quantization.floating import e4m3_scale, e4m3_values, quantize_e4m3_per_token, round_to_e4m3
 from slim_core.quantization.microscaling import mxfp4_activations
 
-__all__ = ["STATES", "AttentionForm", "AttentionKind", "QuantizedAttention", "QuantizedState", "StateForm"]
+__all__ = ["AttentionForm", "AttentionKind", "QuantizedAttention", "QuantizedState", "StateForm"]
 __all__ += ["check_attention", "state_parameters"]
 
-STATES = ("query", "key", "value")
+_STATES = ("query", "key", "value")
 
 
 class AttentionKind(StrEnum):
@@ -75,7 +75,7 @@ class AttentionForm:
 
     def states(self) -> Iterator[tuple[str, StateForm]]:
         """The quantized states by name, in the order query, key, value."""
-        for name in STATES:
+        for name in _STATES:
             form: StateForm | None = getattr(self, name)
             if form is not None:
                 yield name, form
@@ -165,7 +165,7 @@ class QuantizedAttention:
 
     def states(self) -> Iterator[tuple[str, QuantizedState]]:
         """The quantized states by name, in the order query, key, value."""
-        for name in STATES:
+        for name in _STATES:
             state: QuantizedState | None = getattr(self, name)
             if state is not None:
                 yield name, state
@@ -197,9 +197,4 @@ def state_parameters(form: StateForm, low: Tensor, high: Tensor, dtype: torch.dt
     if form.dtype == "fp8_e4m3":
         scale = e4m3_scale(torch.maximum(-low, high)).clamp(min=EPSILON)
         return (scale if dtype is None else scale.to(dtype).float()), torch.zeros_like(scale)
-    scale, offset = affine_parameters(low, high, bits=8, symmetric=form.symmetric)
-    if dtype is not None:
-        scale = scale.to(dtype).float()
-    if not form.symmetric:
-        offset = (torch.round(-low.float().clamp(max=0.0) / scale) - 128).clamp(-128, 127)
-    return scale, offset
+    return stored_parameters(low, high, 8, form.symmetric, dtype)

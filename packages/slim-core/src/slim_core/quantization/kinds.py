@@ -9,7 +9,7 @@ from enum import StrEnum
 from slim_core.errors import UnsupportedError
 from slim_core.recipe.qconfig import LinearQConfig, QConfig
 
-__all__ = ["LAYER_METHODS", "LayerForm", "LayerKind", "Methods", "Scheme", "layer_form", "layer_kind"]
+__all__ = ["LAYER_METHODS", "LayerForm", "LayerKind", "LayerMethods", "Scheme", "layer_form"]
 
 
 class LayerKind(StrEnum):
@@ -40,6 +40,11 @@ class LayerKind(StrEnum):
     def weight_bits(self) -> int:
         """Width of the weight's codes; 16 where it stays in floating point."""
         return 16 if self in (LayerKind.FLOAT, LayerKind.W16A16S) else 4 if self.startswith("W4") else 8
+
+    @property
+    def is_microscaling(self) -> bool:
+        """Whether blocks of 32 weights share an exponent."""
+        return "_MXFP" in self
 
 
 @dataclass(frozen=True)
@@ -125,15 +130,15 @@ _TABLE: dict[tuple[Scheme, Scheme], LayerKind] = {
     (_DUAL, _DUAL): LayerKind.W4A4_MXFP4_DUALSCALE,
 }
 
-Methods = Mapping[Scheme, tuple[str, ...]]
+_Methods = Mapping[Scheme, tuple[str, ...]]
 
 
 @dataclass(frozen=True)
 class LayerMethods:
     """The methods that a processor has for every activation and every weight scheme; the first is the obvious one."""
 
-    act: Methods
-    weight: Methods
+    act: _Methods
+    weight: _Methods
 
 
 LAYER_METHODS = LayerMethods(
@@ -159,11 +164,6 @@ LAYER_METHODS = LayerMethods(
     },
 )
 """What ``linear_quant`` can do; a scheme that is missing has ``minmax``."""
-
-
-def layer_kind(config: LinearQConfig) -> LayerKind:
-    """The kind of :func:`layer_form`."""
-    return layer_form(config).kind
 
 
 def layer_form(config: LinearQConfig, methods: LayerMethods = LAYER_METHODS) -> LayerForm:
@@ -196,8 +196,9 @@ def layer_form(config: LinearQConfig, methods: LayerMethods = LAYER_METHODS) -> 
                 remedy="use act int8 per_tensor, or another weight method",
             )
         kind = LayerKind.W8A8S
-    group_size = _setting(config.weight, "group_size", weight.scope == "per_group", "scope per_group")
-    outer_block = _setting(config.weight, "dual_block_size", weight.scope == "dual_scale", "scope dual_scale")
+    usual = 128 if config.weight.method == "gptq" else None
+    group_size = _size(config.weight, "group_size", usual) if weight.scope == "per_group" else 0
+    outer_block = _size(config.weight, "dual_block_size") if weight.scope == "dual_scale" else 0
     if outer_block % 32:
         raise UnsupportedError(
             f"ext.dual_block_size is {outer_block}, which 32 does not divide",
@@ -227,17 +228,14 @@ def _check_blocks(config: LinearQConfig, outer_block: int) -> None:
         )
 
 
-_DEFAULTS = {"group_size": {"gptq": 128}}
-
-
-def _setting(config: QConfig, key: str, wanted: bool, why: str) -> int:
-    """A size in ``ext`` that a scope asks for; 0 where it does not apply."""
-    if not wanted:
-        return 0
-    value = config.ext.get(key, _DEFAULTS.get(key, {}).get(config.method))
+def _size(config: QConfig, key: str, default: int | None = None) -> int:
+    """The size in ``ext`` that the scope of a weight asks for."""
+    value = config.ext.get(key, default)
     if not isinstance(value, int):
         raise UnsupportedError(
-            f"{why} needs ext.{key}", where=f"qconfig.weight.ext.{key}", remedy=f"add ext: {{{key}: 128}}"
+            f"scope {config.scope} needs ext.{key}",
+            where=f"qconfig.weight.ext.{key}",
+            remedy=f"add ext: {{{key}: 128}}",
         )
     return value
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
-__all__ = ["decibels", "for_each_block", "on_one_thread", "rows_per_block"]
+__all__ = ["decibels", "energy", "for_each_block", "on_one_thread", "rows_per_block"]
 
 _T = TypeVar("_T")
+_linalg: Any = torch.linalg  # its members have no types
 _CACHE_BYTES = 1 << 20
 _DEVICE_BYTES = 1 << 26
 
@@ -42,7 +45,16 @@ def on_one_thread(work: Callable[[], _T]) -> _T:
     return work() if threads <= 1 else _pool(threads).submit(work).result()
 
 
+def energy(values: Tensor) -> float:
+    """The sum of the squares of a matrix; of its rows in float32, unless that cannot hold them."""
+    rows: Tensor = _linalg.vector_norm(values, dim=1).double()
+    total = float(rows.square().sum())
+    return total if 1e-20 < total < float("inf") else float(values.double().square_().sum())
+
+
 def decibels(energies: list[tuple[float, float]]) -> float:
-    """``10 log10(signal / noise)`` of summed energies; infinite without noise."""
+    """``10 log10(signal / noise)`` of summed energies; infinite without noise, 0 with nothing but noise."""
     signal, noise = (sum(pair) for pair in zip(*energies, strict=True))
-    return float(10 * torch.log10(torch.tensor(signal / noise))) if noise > 0 else float("inf")
+    if not noise > 0:
+        return math.inf
+    return 10 * math.log10(signal / noise) if signal > 0 else 0.0

@@ -11,8 +11,9 @@ from torch import Tensor
 from slim_core.errors import InvalidModelError
 from slim_core.quantization.affine import dequantize_groups
 from slim_core.quantization.microscaling import mx_dequantized
+from slim_core.quantization.row_blocks import decibels
 
-__all__ = ["MxWeight", "QuantizedWeight", "RowSource", "all_rows", "sqnr"]
+__all__ = ["InMemory", "MxWeight", "QuantizedWeight", "RowSource", "all_rows", "refuse_infinite", "sqnr"]
 
 
 class RowSource(Protocol):
@@ -22,6 +23,20 @@ class RowSource(Protocol):
     def shape(self) -> tuple[int, ...]: ...
 
     def rows(self, start: int, stop: int) -> Tensor: ...
+
+
+@dataclass(frozen=True, eq=False)
+class InMemory:
+    """A matrix in memory as a :class:`RowSource`."""
+
+    matrix: Tensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.matrix.shape)
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        return self.matrix[start:stop]
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,16 +88,32 @@ def all_rows(weight: RowSource, name: str, device: torch.device | None = None) -
     """
     stored = weight.rows(0, weight.shape[0])
     matrix = stored.to(device=device, dtype=torch.float32, copy=True)
-    if not bool(torch.isfinite(matrix.sum())) and not bool((finite := torch.isfinite(matrix).all(1)).all()):
-        row = int((~finite).nonzero()[0])
-        raise InvalidModelError(
-            f"the weight holds NaN or infinity in row {row}", where=name, remedy="repair the checkpoint"
-        )
+    if not bool(torch.isfinite(matrix.sum())):  # large numbers add up to infinity too
+        refuse_infinite(matrix, name)
     return matrix
 
 
+def refuse_infinite(values: Tensor, name: str, first: int = 0) -> None:
+    """Refuse rows of a weight for what is in them, or for numbers that show it: their extremes, or their scales.
+
+    Args:
+        values: ``(rows, ...)``.
+        name: the tensor.
+        first: which row of the weight the first of these is.
+
+    Raises:
+        InvalidModelError: NaN or infinity is among them; names the tensor and the row.
+    """
+    finite = torch.isfinite(values).flatten(1).all(1)
+    if not bool(finite.all()):
+        row = first + int((~finite).nonzero()[0])
+        raise InvalidModelError(
+            f"the weight holds NaN or infinity in row {row}", where=name, remedy="repair the checkpoint"
+        )
+
+
 def sqnr(exact: Tensor, approximate: Tensor) -> float:
-    """Signal to noise in decibels of a float32 matrix; infinite without noise, 0 without signal.
+    """Signal to noise in decibels of a float32 matrix, as :func:`~slim_core.quantization.row_blocks.decibels` has it.
 
     Works on a few rows at a time: the squares of all would be as large as the matrix.
     """
@@ -92,6 +123,4 @@ def sqnr(exact: Tensor, approximate: Tensor) -> float:
         rows = exact[start : start + step]
         signal += float(rows.square().sum(dtype=torch.float64))
         noise += float((approximate[start : start + step].float() - rows).square_().sum(dtype=torch.float64))
-    if noise == 0:
-        return float("inf")
-    return float(10 * torch.log10(torch.tensor(signal / noise, dtype=torch.float64))) if signal else 0.0
+    return decibels([(signal, noise)])

@@ -50,7 +50,7 @@ class Ext(TypedDict, total=False):
     __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)  # pyright: ignore
 
     aggregation_type: Annotated[
-        Literal["max", "mean"], Field(description="minmax: extremes over all batches, or mean of each batch's")
+        Literal["max", "mean"], Field(description="minmax: extremes over all samples, or the mean of each sample's")
     ]
     step: Annotated[Integer, Field(gt=0, description="ssz: least-squares steps, at most. Default: 50")]
     weighted: Annotated[

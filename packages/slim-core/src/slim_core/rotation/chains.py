@@ -42,14 +42,10 @@ class RotateLeft:
 
 @dataclass(frozen=True)
 class FoldNormBias:
-    """``c + W b`` of a linear's bias: W is the stored weight, b the stored bias of the norm before it.
-
-    ``first`` is the column of W at which b begins, if it is one of several concatenated norms.
-    """
+    """``c + W b`` of a linear's bias: W is the stored weight, b the stored bias of the norm before it."""
 
     weight: str
     norm_bias: str
-    first: int = 0
 
 
 @dataclass(frozen=True)
@@ -82,7 +78,7 @@ def read_by(chain: Chain) -> list[str]:
         match step:
             case FuseNorm(norms, _):
                 names += norms
-            case FoldNormBias(weight, norm_bias, _):
+            case FoldNormBias(weight, norm_bias):
                 names += [weight, norm_bias]
             case _:
                 pass
@@ -133,11 +129,10 @@ def _misfit(inner: TensorSource, shape: tuple[int, ...], step: Step) -> str | No
             return f"a rotation of size {rotation.size} does not fit its {shape[1]} input features"
         case RotateLeft(rotation) if rotation.size != shape[0]:
             return f"a rotation of size {rotation.size} does not fit its {shape[0]} output features"
-        case FoldNormBias(weight, norm_bias, first):
+        case FoldNormBias(weight, norm_bias):
             matrix, vector = inner.meta(weight).shape, inner.meta(norm_bias).shape
-            fits = len(matrix) == 2 and len(vector) == 1 and matrix[0] == shape[0]
-            if not fits or not 0 <= first <= matrix[1] - vector[0]:
-                return f"{norm_bias!r} {list(vector)} does not fit {weight!r} {list(matrix)} from column {first} on"
+            if len(matrix) != 2 or matrix != (*shape, *vector):
+                return f"{norm_bias!r} {list(vector)} does not fit {weight!r} {list(matrix)}"
         case _:
             pass
     return None

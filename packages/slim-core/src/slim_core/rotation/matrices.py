@@ -14,7 +14,6 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from enum import StrEnum
 from functools import lru_cache
 
 import torch
@@ -24,21 +23,16 @@ from slim_core.errors import UnsupportedError
 from slim_core.rotation.hadamard import apply_hadamard, hadamard_factors
 
 __all__ = [
-    "SEED",
     "Concatenated",
     "Hadamard",
     "Identity",
     "Kronecker",
     "Rotation",
-    "RotationMode",
-    "ShiftedHadamard",
     "create_rotation",
     "repeated_to",
 ]
 
 SEED = 1234
-_SHIFT = 16
-_SHIFTED_BLOCK = 32
 
 
 class Rotation(ABC):
@@ -174,103 +168,23 @@ class Concatenated(Rotation):
         return torch.cat(rotated, 1)
 
 
-# B: the blocks. P: the cyclic shift of columns. Small letters: transposed.
-_PRODUCTS = {1: "BPB", 2: "BPBpb", 3: "BPBpbPBpb"}
-
-
-@dataclass(frozen=True)
-class ShiftedHadamard(Rotation):
-    """Blocks of a randomised Hadamard matrix on the diagonal (B), mixed through a cyclic shift of columns by 16 (P).
-
-    Column j of ``B P`` is column ``j - 16`` of B.
+def create_rotation(size: int, block_size: int = -1) -> Rotation:
+    """The rotation of a size and a block size; always the same matrix for the same arguments.
 
     Args:
-        length: number of channels.
-        block: their number in a block.
-        rot_step: 1 for ``B P B``, 2 for ``B P B P^T B^T``, 3 for ``B P B P^T B^T P B P^T B^T``.
-        eye_step: blocks of B that are the identity instead.
-
-    Raises:
-        UnsupportedError: the block does not divide the length or has no Hadamard matrix, or one of the steps does not
-            exist.
-    """
-
-    length: int
-    block: int = _SHIFTED_BLOCK
-    rot_step: int = 1
-    eye_step: tuple[int, ...] = ()
-    seed: int = SEED
-
-    def __post_init__(self) -> None:
-        _check_block(self.length, self.block)
-        hadamard_factors(self.block)
-        if self.rot_step not in _PRODUCTS:
-            raise UnsupportedError(f"rot_step is 1, 2 or 3, not {self.rot_step}")
-        count = self.length // self.block
-        if outside := [i for i in self.eye_step if not 0 <= i < count]:
-            raise UnsupportedError(f"eye_step names block {outside[0]}; there are {count}")
-
-    @property
-    def size(self) -> int:
-        return self.length
-
-    def rotate(self, cube: Tensor, inverse: bool) -> Tensor:
-        product = _PRODUCTS[self.rot_step]
-        for step in product[::-1].swapcase() if inverse else product:
-            if step in "Pp":
-                cube = cube.roll(_SHIFT if step == "P" else -_SHIFT, 1)
-            else:
-                cube = self._rotate_blocks(cube, step == "b")
-        return cube
-
-    def _rotate_blocks(self, cube: Tensor, inverse: bool) -> Tensor:
-        blocks = Kronecker(Identity(self.length // self.block), Hadamard(self.block, self.seed))
-        rotated = blocks.rotate(cube, inverse)
-        for i in self.eye_step:
-            part = slice(i * self.block, (i + 1) * self.block)
-            rotated[:, part] = cube[:, part]
-        return rotated
-
-
-class RotationMode(StrEnum):
-    """The constructions that adapters name."""
-
-    HADAMARD = "hadamard"
-    BLOCK_HADAMARD_SHIFTED = "block_hadamard_shifted"
-
-
-def _check_block(size: int, block: int) -> None:
-    if block < 1 or size % block:
-        raise UnsupportedError(
-            f"a block size of {block} does not divide {size}", remedy="use -1 or a power of two that divides it"
-        )
-
-
-def create_rotation(
-    mode: RotationMode,
-    size: int,
-    block_size: int = -1,
-    *,
-    rot_step: int = 1,
-    eye_step: tuple[int, ...] = (),
-    seed: int = SEED,
-) -> Rotation:
-    """The rotation of a mode, a size and a block size; always the same matrix for the same arguments.
-
-    Args:
-        block_size: -1 for one Hadamard matrix of the whole size (or blocks of 32 in the shifted mode), else the size of
-            the one matrix that is repeated on the diagonal.
-        rot_step, eye_step: of :class:`ShiftedHadamard`.
+        block_size: -1 for one Hadamard matrix of the whole size, else the size of the one matrix that is repeated on
+            the diagonal.
 
     Raises:
         UnsupportedError: the block size does not divide the size, or there is no Hadamard matrix of the order.
     """
-    if mode is RotationMode.BLOCK_HADAMARD_SHIFTED:
-        return ShiftedHadamard(size, _SHIFTED_BLOCK if block_size == -1 else block_size, rot_step, eye_step, seed)
     if block_size in (-1, size):
-        return Hadamard(size, seed)
-    _check_block(size, block_size)
-    return Kronecker(Identity(size // block_size), Hadamard(block_size, seed))
+        return Hadamard(size)
+    if block_size < 1 or size % block_size:
+        raise UnsupportedError(
+            f"a block size of {block_size} does not divide {size}", remedy="use -1 or a power of two that divides it"
+        )
+    return Kronecker(Identity(size // block_size), Hadamard(block_size))
 
 
 def repeated_to(rotation: Rotation, width: int) -> Rotation:

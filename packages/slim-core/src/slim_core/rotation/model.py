@@ -25,7 +25,7 @@ from slim_core.model.units import StreamedModel, Unit
 from slim_core.rotation.drafts import find_drafts
 from slim_core.rotation.ends import Ends, find_ends
 from slim_core.rotation.inputs import InputRotation, InputRotations, install
-from slim_core.rotation.matrices import Kronecker, Rotation, RotationMode, create_rotation
+from slim_core.rotation.matrices import Kronecker, Rotation, create_rotation
 from slim_core.rotation.online_places import OnlineChoice, OnlinePlaces
 from slim_core.rotation.proof import TOLERANCE, BlockWitness, relative_error
 from slim_core.rotation.source import TransformedSource
@@ -121,7 +121,8 @@ class _Rotator:
         blocks = [unit for unit in model.units if unit.block is not None]
         firsts = {unit.name: passage.kinds[unit.name] for unit in blocks}
         roles = {name: self._proved[first].of(first, name) for name, first in firsts.items()}
-        online = {unit.name: self._online(unit, roles[unit.name]) for unit in blocks}
+        places = self._places
+        online = {unit.name: {} if places is None else places.of(unit, roles[unit.name]) for unit in blocks}
         turned = {name: InputRotation.of(one) for found in online.values() for name, one in found.items()}
         prefixes = {name: model.tensor_name(f"{name}.weight").removesuffix(".weight") for name in turned}
         beside = {key: tensor for name, one in turned.items() for key, tensor in one.tensors(prefixes[name]).items()}
@@ -165,7 +166,7 @@ class _Rotator:
                 remedy="use -1, or a power of two that divides them",
             )
         try:
-            return create_rotation(RotationMode.HADAMARD, size, self._block_size)
+            return create_rotation(size, self._block_size)
         except UnsupportedError as error:
             raise UnsupportedError(f"{what}: {error.what}", where=self._where, remedy=error.remedy) from error
 
@@ -210,9 +211,6 @@ class _Rotator:
         values = [g for g in roles.values if holds(g.source, g.head_dim, lambda steps, r, g=g: steps.value(g, r))]
         ranks = [k for k in roles.ranks if holds(k.norm.source, k.norm.scales, lambda steps, r, k=k: steps.rank(k, r))]
         return replace(roles, values=tuple(values), ranks=tuple(ranks))
-
-    def _online(self, unit: Unit, roles: BlockRoles) -> dict[str, Kronecker]:
-        return {} if self._places is None else self._places.of(unit, roles)
 
     def _steps(self) -> Steps:
         return Steps(self._stored, lambda parameter: self._model.source.meta(self._stored[parameter]).shape[0])

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from slim_core.errors import UnsupportedError
 
-__all__ = ["bake_mean", "fold_norm_bias", "fuse_norm", "norm_gain"]
+__all__ = ["fold_norm_bias", "fuse_norm", "norm_gain"]
 
 
 def norm_gain(weights: Sequence[Tensor], *, plus_one: bool = False) -> Tensor:
@@ -42,30 +42,18 @@ def fuse_norm(weight: Tensor, gain: Tensor) -> Tensor:
     return exact * gain.to(exact.dtype)
 
 
-def fold_norm_bias(weight: Tensor, norm_bias: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``c + W b``, float64 ``(out,)``, with W as it was before the norm's weight was fused into it.
+def fold_norm_bias(weight: Tensor, norm_bias: Tensor) -> Tensor:
+    """``W b``, float64 ``(out,)``, with W as it was before the norm's weight was fused into it.
 
     Args:
         weight: ``(out, in)``.
         norm_bias: ``(in,)``.
-        bias: of the linear; None if it has none so far.
 
     Raises:
         UnsupportedError: the shapes do not fit.
     """
     _check(weight, norm_bias)
-    folded = weight.double() @ norm_bias.double()
-    return folded if bias is None else folded + bias.double()
-
-
-def bake_mean(weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-    """Give a linear an output of mean 0: what the mean subtraction of a LayerNorm after it would do.
-
-    Returns:
-        ``W`` less its mean over output features, and the bias less its mean; float64.
-    """
-    centred = weight.double() - weight.double().mean(0, keepdim=True)
-    return centred, None if bias is None else bias.double() - bias.double().mean()
+    return weight.double() @ norm_bias.double()
 
 
 def _check(weight: Tensor, vector: Tensor) -> None:

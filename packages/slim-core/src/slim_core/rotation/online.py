@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 from slim_core.errors import UnsupportedError
 from slim_core.rotation.hadamard import constructible
-from slim_core.rotation.matrices import Identity, Kronecker, RotationMode, create_rotation
+from slim_core.rotation.matrices import Identity, Kronecker, create_rotation
 
 __all__ = ["down_rotation", "heads_rotation", "kronecker_orders", "shard_refusal"]
 
@@ -57,7 +57,7 @@ def heads_rotation(heads: int, head_dim: int, max_tp_size: int) -> Kronecker:
     Raises:
         UnsupportedError: the block does not divide the number of heads.
     """
-    outer = create_rotation(RotationMode.HADAMARD, heads, max_tp_size)
+    outer = create_rotation(heads, max_tp_size)
     return Kronecker(outer, Identity(head_dim))
 
 
@@ -68,8 +68,8 @@ def down_rotation(intermediate_size: int, max_tp_size: int) -> Kronecker:
         UnsupportedError: the size has no fitting factors, or the block does not divide the first.
     """
     n1, n2 = kronecker_orders(intermediate_size)
-    first = create_rotation(RotationMode.HADAMARD, n1, max_tp_size)
-    return Kronecker(first, create_rotation(RotationMode.HADAMARD, n2))
+    first = create_rotation(n1, max_tp_size)
+    return Kronecker(first, create_rotation(n2))
 
 
 def shard_refusal(what: str, count: int, max_tp_size: int) -> str | None:

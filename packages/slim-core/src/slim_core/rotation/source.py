@@ -206,14 +206,13 @@ class TransformedSource:
     def _folded(self, step: FoldNormBias) -> Tensor:
         """``W b``, float64."""
         norm_bias = self._norm(step.norm_bias)
-        columns = slice(step.first, step.first + len(norm_bias))
         rows, width = self._inner.meta(step.weight).shape
         height = rows_per_block(width, None)
 
         def work(start: int) -> Tensor:
             block = self._inner.rows(step.weight, start, start + height).float()
             _check_finite(block, step.weight, start)
-            return fold_norm_bias(block[:, columns], norm_bias)
+            return fold_norm_bias(block, norm_bias)
 
         return torch.cat(self._for_each(work, range(0, rows, height)))
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from slim_core.model.attention import Tap
 from slim_core.model.units import Unit
-from slim_core.processors.base import AttentionAssignment, AttentionWork, StateRequest
+from slim_core.processors.base import AttentionAssignment, AttentionState, AttentionWork
 from slim_core.quantization.attention import StateForm
 from slim_core.quantization.statistics.attention import AttentionStatistics, StateStatistics
 from slim_core.runners.records import AttentionRecord, StateRecord
@@ -32,7 +32,7 @@ def statistics_for(
     }
 
 
-def ranges_for(unit: Unit, requests: Collection[StateRequest]) -> dict[str, AttentionStatistics]:
+def ranges_for(unit: Unit, requests: Collection[AttentionState]) -> dict[str, AttentionStatistics]:
     """Empty statistics for the states of a unit whose channels processors want to know the range of."""
     names = {info.name for info in unit.attentions}
     found: dict[str, AttentionStatistics] = {}

@@ -19,8 +19,7 @@ from slim_core.model.units import StreamedModel
 from slim_core.quantization.attention import QuantizedAttention
 from slim_core.quantization.layers import QuantizedLinear, SimulatedLinear
 
-__all__ = ["BlockForwards", "KeptBlock", "hidden_states", "layer_to", "moved", "simulated"]
-__all__ += ["simulating_taps"]
+__all__ = ["BlockForwards", "KeptBlock", "hidden_states", "moved", "simulated", "simulating_taps"]
 
 
 def moved(value: Any, device: torch.device) -> Any:
@@ -155,7 +154,7 @@ class BlockForwards:
 
 
 class KeptBlock:
-    """The block at work for processors that run it themselves: a :class:`~slim_core.processors.base.BlockRun`.
+    """The block at work for processors that run it themselves: a :class:`~slim_core.model.block_run.BlockRun`.
 
     Args:
         targets: outputs of the float block, on the host.

@@ -60,9 +60,11 @@ def peak_memory(
         calibration: None if no sample is run.
     """
     sizes = [info.in_features * info.out_features for unit in model.units for info in unit.linears]
-    owned = {info.name for unit in model.units for info in unit.linears if info.name in assignments}
     codes = [
-        info.in_features * info.out_features for unit in model.units for info in unit.linears if info.name in owned
+        info.in_features * info.out_features
+        for unit in model.units
+        for info in unit.linears
+        if info.name in assignments
     ]
     largest, queue = max(codes, default=0), min(QUEUE_BYTES, sum(codes))
     if calibration is None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -140,3 +140,24 @@ class RunResult:
     peak_bytes: int = 0
     bytes_in: int = 0
     bytes_out: int = 0
+
+    def counts(self) -> dict[str, int]:
+        """How many records of every sort there are, besides units."""
+        return {name: len(getattr(self, name)) for name in _RECALL}
+
+    def noted_since(self, counts: Mapping[str, int]) -> dict[str, Any]:
+        """The records since there were so many, in a form for JSON."""
+        return {name: [asdict(record) for record in getattr(self, name)[count:]] for name, count in counts.items()}
+
+    def recall(self, note: Mapping[str, Any]) -> None:
+        """Take over what :meth:`noted_since` gave in an earlier run."""
+        for name, recalled in _RECALL.items():
+            getattr(self, name).extend(map(recalled, note[name]))
+
+
+_RECALL: dict[str, Callable[[Mapping[str, Any]], Any]] = {
+    "linears": lambda note: LinearRecord(**note),
+    "attentions": AttentionRecord.recalled,
+    "smoothed": SmoothingNote.recalled,
+    "experts": ExpertRecord.recalled,
+}

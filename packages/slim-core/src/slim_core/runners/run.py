@@ -25,12 +25,11 @@ from slim_core.runners.calibration import BlockForwards
 from slim_core.runners.expert_tokens import starved_warning
 from slim_core.runners.plan import Plan
 from slim_core.runners.prior import LEARNED_FILE, StageInputs, keep_learned, learned_before, run_stages
-from slim_core.runners.records import AttentionRecord, ExpertRecord, LinearRecord, RunResult, UnitRecord
+from slim_core.runners.records import RunResult, UnitRecord
 from slim_core.runners.unit_run import Bench, UnitRun
 from slim_core.savers.base import Output, PlannedTensor
-from slim_core.smoothing.scales import SmoothingNote
 
-__all__ = ["LinearRecord", "RunResult", "UnitRecord", "run_plan"]
+__all__ = ["RunResult", "run_plan"]
 
 _logger = get_logger(__name__)
 Inputs = Sequence[Mapping[str, Any]]
@@ -151,10 +150,7 @@ def _recall(journal: Path, result: RunResult) -> None:
     for note in map(json.loads, journal.read_text("utf-8").splitlines()):
         if cost := note.get("cost"):
             result.units.append(UnitRecord(**cost))
-            result.linears += [LinearRecord(**linear) for linear in note["linears"]]
-            result.attentions += [AttentionRecord.recalled(attention) for attention in note.get("attentions", ())]
-            result.smoothed += [SmoothingNote.recalled(smoothing) for smoothing in note.get("smoothing", ())]
-            result.experts += [ExpertRecord.recalled(layer) for layer in note.get("experts", ())]
+            result.recall(note)
 
 
 def _work_through(bench: Bench, progress: Progress) -> None:
@@ -165,8 +161,7 @@ def _work_through(bench: Bench, progress: Progress) -> None:
     for position, unit in enumerate(model.units):
         _prefetch(bench, position + 1)
         progress.begin(unit.name)
-        began, linears, attentions = time.monotonic(), len(result.linears), len(result.attentions)
-        smoothed, experts = len(result.smoothed), len(result.experts)
+        began, before = time.monotonic(), result.counts()
         finished = unit.name in bench.staging.finished
         run = UnitRun(bench, unit, finished=finished)
         if unit.block is not None and bench.forwards is not None:
@@ -177,11 +172,7 @@ def _work_through(bench: Bench, progress: Progress) -> None:
             planned, seconds = plan.units[position], time.monotonic() - began
             cost = UnitRecord(unit.name, seconds, resident_memory(), planned.bytes_in, planned.bytes_out)
             result.units.append(cost)
-            note: dict[str, object] = {"cost": asdict(cost)}
-            note["linears"] = [asdict(record) for record in result.linears[linears:]]
-            note["attentions"] = [asdict(record) for record in result.attentions[attentions:]]
-            note["smoothing"] = [asdict(record) for record in result.smoothed[smoothed:]]
-            note["experts"] = [asdict(record) for record in result.experts[experts:]]
+            note: dict[str, object] = {"cost": asdict(cost), **result.noted_since(before)}
             bench.writer.after_writing(lambda name=unit.name, note=note: bench.staging.record(name, note))
         if not plan.runner.keeps_model:
             model.source.release(unit.tensors.values())

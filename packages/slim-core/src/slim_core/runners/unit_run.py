@@ -14,7 +14,7 @@ from slim_core.checkpoint.writer import ShardedWriter
 from slim_core.model.experts import ExpertLayer
 from slim_core.model.units import StreamedModel, Unit
 from slim_core.model.weights import UnitWeights
-from slim_core.processors.base import AttentionWork, LinearWork, StateRequest, UnitWork
+from slim_core.processors.base import AttentionState, AttentionWork, LinearWork, UnitWork
 from slim_core.quantization.attention import QuantizedAttention
 from slim_core.quantization.layers import QuantizedLinear
 from slim_core.quantization.statistics import Hessian, InputObserver, InputStatistics, Need, TokenSample
@@ -62,7 +62,7 @@ class _Watched:
 
     requests: Mapping[str, frozenset[Need]] = field(default_factory=dict[str, frozenset[Need]])
     attention: Callable[[str], bool] = lambda _name: False
-    states: Collection[StateRequest] = ()
+    states: Collection[AttentionState] = ()
     experts: bool = False
 
 
@@ -227,6 +227,7 @@ class UnitRun:
         assert work.weights is not None
         work.weights.fill()
         self._waiting = Counter(id(work.statistics[name]) for name in work.linears if name in work.statistics)
+        self._began = time.monotonic()  # the time of a linear is its own, without the forwards of its block
         for processor in bench.plan.processors:
             if not processor.reshapes:
                 processor.process(work)

@@ -261,7 +261,7 @@ def _w4a8_parts(prefix: str, layer: DynamicInt) -> dict[str, Tensor]:
 
 def _group_size(forms: Iterable[LayerForm]) -> int:
     """What the description says of all layers together: the columns of a group, 0 if no layer has groups."""
-    sizes = [BLOCK if "MXFP" in form.kind else form.group_size for form in forms]
+    sizes = [BLOCK if form.kind.is_microscaling else form.group_size for form in forms]
     return next(filter(None, sizes), 0)
 
 

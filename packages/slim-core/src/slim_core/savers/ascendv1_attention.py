@@ -33,8 +33,8 @@ from slim_core.quantization.attention import (
 )
 from slim_core.savers.ascendv1_layout import Part
 
-__all__ = ["CACHE_KEYS", "FA_KEY", "QUANT_TYPE", "attention_keys", "attention_layout", "attention_parts"]
-__all__ += ["engine_class", "parse_quant_type", "quant_type", "read_attention", "stored_attentions"]
+__all__ = ["FA_KEY", "QUANT_TYPE", "attention_keys", "attention_layout", "attention_parts", "engine_class"]
+__all__ += ["parse_quant_type", "quant_type", "read_attention", "stored_attentions"]
 
 CACHE_KEYS = ("kv_cache_type", "kv_quant_type")
 FA_KEY, FA_VALUE = "fa_quant_type", "FAKQuant"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from importlib.resources import files
@@ -17,7 +17,7 @@ from slim_core.quantization.attention import AttentionForm
 from slim_core.quantization.kinds import LayerForm, LayerKind
 from slim_core.savers.ascendv1_attention import engine_class
 
-__all__ = ["attention_class", "engines", "fused_leaves", "is_loadable", "layer_class", "loads_attention", "lost_biases"]
+__all__ = ["MAIN_ENGINE", "engines", "fused_leaves", "is_loadable", "layer_class", "loads_attention", "lost_biases"]
 __all__ += ["mixed_fusions", "obstacle", "reads_ascendv1", "refused_together", "unloadable", "unloadable_attentions"]
 
 MAIN_ENGINE = "vllm-ascend"
@@ -94,7 +94,7 @@ def refused_together(engine: str, forms: Mapping[str, LayerForm]) -> str | None:
 
 def _has_groups(form: LayerForm) -> bool:
     """Whether a layer makes the description's group_size other than 0."""
-    return form.group_size > 0 or "MXFP" in form.kind
+    return form.group_size > 0 or form.kind.is_microscaling
 
 
 # What a class may ask of a layer beyond its type; a width that is not known counts as right.
@@ -120,29 +120,32 @@ def unloadable(
         widths: input features by the name of the linear.
         labels: what kinds are called in the description, where that is not their own name.
     """
-    found: dict[str, list[str]] = {}
+    found: dict[tuple[str, tuple[str, ...]], list[str]] = {}
     for name, layer in layers.items():
         form = layer if isinstance(layer, LayerForm) else None
         kind = str(layer if form is None else form.kind)
         label = labels.get(kind, kind)
         if text := obstacle(MAIN_ENGINE, label, name, form, widths.get(name)):
-            others = [
-                engine
-                for engine in engines()
-                if engine != MAIN_ENGINE
-                and reads_ascendv1(engine)
-                and is_loadable(engine, label, name, form, widths.get(name))
-            ]
-            found.setdefault(f"{text}|{' and '.join(others)}", []).append(name)
-    warnings: list[str] = []
-    for key, names in found.items():
-        text, _, others = key.partition("|")
-        loaded = f"; {others} load{'' if ' and ' in others else 's'} them" if others else ""
-        warnings.append(f"{MAIN_ENGINE} {text} ({len(names)} linears, e.g. {names[0]}){loaded}")
+            others = [e for e in _other_engines() if is_loadable(e, label, name, form, widths.get(name))]
+            found.setdefault((text, tuple(others)), []).append(name)
+    warnings = [
+        f"{MAIN_ENGINE} {text} ({len(names)} linears, e.g. {names[0]}){_load_them(others)}"
+        for (text, others), names in found.items()
+    ]
     forms = {name: layer for name, layer in layers.items() if isinstance(layer, LayerForm)}
     if text := refused_together(MAIN_ENGINE, forms):
         warnings.append(f"{MAIN_ENGINE} {text}")
     return warnings
+
+
+def _other_engines() -> list[str]:
+    """Those that read this format too, beside the main one."""
+    return [engine for engine in engines() if engine != MAIN_ENGINE and reads_ascendv1(engine)]
+
+
+def _load_them(others: Sequence[str]) -> str:
+    """The end of a warning: who loads what the main engine does not."""
+    return f"; {' and '.join(others)} load{'' if len(others) > 1 else 's'} them" if others else ""
 
 
 def mixed_fusions(kinds: Mapping[str, LayerForm | str]) -> list[str]:
@@ -192,16 +195,14 @@ def loads_attention(engine: str, kind: str, latent: bool) -> bool:
 
 def unloadable_attentions(forms: Mapping[AttentionInfo, AttentionForm]) -> list[str]:
     """One warning for each type of attention that the main engine has no class for."""
-    found: dict[tuple[str, str], list[str]] = {}
+    found: dict[tuple[str, bool], list[str]] = {}
     for info, form in forms.items():
         kind = engine_class(form)
         if not loads_attention(MAIN_ENGINE, kind, info.latent):
-            found.setdefault((kind, attention_class(info.latent)), []).append(info.name)
+            found.setdefault((kind, info.latent), []).append(info.name)
     warnings: list[str] = []
-    for (kind, where), names in found.items():
-        latent = where == attention_class(latent=True)
-        others = [e for e in engines() if e != MAIN_ENGINE and reads_ascendv1(e) and loads_attention(e, kind, latent)]
-        loaded = f"; {' and '.join(others)} load{'' if len(others) > 1 else 's'} them" if others else ""
-        text = f"{MAIN_ENGINE} has no class for {where} attention that is {kind}"
-        warnings.append(f"{text} ({len(names)} attentions, e.g. {names[0]}){loaded}")
+    for (kind, latent), names in found.items():
+        others = [engine for engine in _other_engines() if loads_attention(engine, kind, latent)]
+        text = f"{MAIN_ENGINE} has no class for {attention_class(latent)} attention that is {kind}"
+        warnings.append(f"{text} ({len(names)} attentions, e.g. {names[0]}){_load_them(others)}")
     return warnings

@@ -13,7 +13,7 @@ from typing import Any, cast
 import safetensors.torch
 from torch import Tensor
 
-__all__ = ["copy_side_files", "merge_keys", "write_json", "write_tensors", "write_text"]
+__all__ = ["FOLDER_MODE", "copy_side_files", "merge_keys", "write_json", "write_tensors", "write_text"]
 
 FILE_MODE = 0o600
 FOLDER_MODE = 0o750

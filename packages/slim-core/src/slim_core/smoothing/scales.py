@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -14,15 +14,15 @@ from torch import Tensor
 
 from slim_core.model.subgraphs import Subgraph
 from slim_core.model.weights import Edit, UnitWeights
+from slim_core.quantization.row_blocks import rows_per_block
 from slim_core.quantization.statistics import ChannelStatistics
 from slim_core.quantization.weights import RowSource
 
-__all__ = ["FLOOR", "Choice", "Smoothing", "SmoothingNote", "column_maxima", "edits_of", "note_of", "power_scale"]
-__all__ += ["spread_of"]
+__all__ = ["FLOOR", "Choice", "Smoothing", "SmoothingNote", "blocks_of", "column_maxima", "edits_of", "note_of"]
+__all__ += ["power_scale", "spread_of"]
 
 FLOOR = 1e-5
 _LARGEST = 2.0**20
-_BLOCK_ELEMENTS = 1 << 20
 
 
 def power_scale(act: Tensor, weight: Tensor, alpha: float, beta: float, floor: float = FLOOR) -> Tensor:
@@ -43,14 +43,18 @@ def power_scale(act: Tensor, weight: Tensor, alpha: float, beta: float, floor: f
 def column_maxima(weights: Iterable[RowSource]) -> Tensor:
     """The largest ``|W[:, j]|`` over several matrices with the same columns, float32 ``(in,)``."""
     largest: Tensor | None = None
-    for weight in weights:
-        step = max(1, _BLOCK_ELEMENTS // max(weight.shape[1], 1))
-        for start in range(0, weight.shape[0], step):
-            rows = weight.rows(start, min(start + step, weight.shape[0]))
-            here = rows.abs().amax(0).float()
-            largest = here if largest is None else torch.maximum(largest, here)
+    for rows in (rows for weight in weights for rows in blocks_of(weight)):
+        here = rows.abs().amax(0).float()
+        largest = here if largest is None else torch.maximum(largest, here)
     assert largest is not None
     return largest
+
+
+def blocks_of(weight: RowSource) -> Iterator[Tensor]:
+    """All rows of a matrix, a few at a time."""
+    step = rows_per_block(weight.shape[1], None)
+    for start in range(0, weight.shape[0], step):
+        yield weight.rows(start, min(start + step, weight.shape[0]))
 
 
 @dataclass(frozen=True, eq=False)
@@ -149,11 +153,7 @@ def _norm_edits(smoothing: Smoothing, weights: UnitWeights) -> tuple[Smoothing, 
 def _bias_edit(target: str, shift: Tensor, weights: UnitWeights) -> Edit:
     """``bias + W shift``, with the weight as it is before it is rescaled."""
     view = weights[f"{target}.weight"]
-    gain = torch.empty(view.shape[0])
-    step = max(1, _BLOCK_ELEMENTS // max(view.shape[1], 1))
-    for start in range(0, view.shape[0], step):
-        stop = min(start + step, view.shape[0])
-        gain[start:stop] = (view.rows(start, stop).double() @ shift.double()).float()
+    gain = torch.cat([(rows.double() @ shift.double()).float() for rows in blocks_of(view)])
     name = f"{target}.bias"
     return Edit(name, value=weights[name].load().float() + gain if name in weights else gain)
 

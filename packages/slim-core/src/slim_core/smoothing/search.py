@@ -8,7 +8,7 @@ a search costs what a matrix product with some ten thousand tokens costs, and ta
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from slim_core.errors import InvalidModelError
 from slim_core.quantization.affine import EPSILON
 from slim_core.quantization.statistics.tokens import TokenSample
 from slim_core.quantization.weights import RowSource
-from slim_core.smoothing.scales import power_scale
+from slim_core.smoothing.scales import blocks_of, power_scale
 
 __all__ = ["GRID", "Evidence", "Exponents", "Objective", "Quantizer", "WeightSample", "awq_scales", "exact"]
 __all__ += ["exponent_scale", "ratio_grid", "search_alpha", "search_exponents", "search_ratio", "symmetric_rows"]
@@ -34,7 +34,6 @@ TOKENS = 256
 ROWS = 128
 _CANDIDATE_BYTES = 1 << 22
 _DEVICE_BYTES = 1 << 30
-_BLOCK_ELEMENTS = 1 << 20
 _POINTS_AT_ONCE = 64
 _AWQ_FLOOR = 1e-4
 
@@ -70,7 +69,7 @@ class WeightSample:
         maxima: Tensor | None = None
         sizes: list[Tensor] = []
         for name, weight in weights:
-            for rows in _blocks(weight):
+            for rows in blocks_of(weight):
                 magnitudes = rows.abs()
                 largest = magnitudes.amax(0).float()
                 if not bool(torch.isfinite(largest).all()):
@@ -80,12 +79,6 @@ class WeightSample:
         assert maxima is not None
         chosen = _spread(torch.cat(sizes), limit)
         return cls(maxima, _picked([weight for _, weight in weights], chosen))
-
-
-def _blocks(weight: RowSource) -> Iterable[Tensor]:
-    step = max(1, _BLOCK_ELEMENTS // max(weight.shape[1], 1))
-    for start in range(0, weight.shape[0], step):
-        yield weight.rows(start, min(start + step, weight.shape[0]))
 
 
 def _spread(sizes: Tensor, limit: int) -> list[int]:

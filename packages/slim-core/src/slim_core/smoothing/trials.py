@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
 from slim_core.errors import UnexpectedError
-from slim_core.quantization.activations import range_parameters
+from slim_core.quantization.affine import stored_parameters
 from slim_core.quantization.floating import e4m3_values, quantize_e4m3_per_token
 from slim_core.quantization.kinds import LayerForm
 from slim_core.quantization.methods import quantize_weight
 from slim_core.quantization.methods.ssz import SszOptions
 from slim_core.quantization.microscaling import dual_scale_activations, mxfp4_activations, mxfp8_activations
 from slim_core.quantization.statistics import ChannelStatistics, InputStatistics
+from slim_core.quantization.weights import InMemory
 from slim_core.recipe.qconfig import ActConfig, WeightConfig
 from slim_core.smoothing.search import Quantizer, exact, symmetric_rows
 
@@ -63,7 +62,7 @@ def _static(channels: ChannelStatistics, symmetric: bool, dtype: torch.dtype | N
     def quantizer(rows: Tensor, columns: Tensor) -> Tensor:
         low, high = minimum.to(columns) / columns, maximum.to(columns) / columns
         bounds = (low.amin(1).view(-1, 1, 1), high.amax(1).view(-1, 1, 1))
-        scale, offset = range_parameters(*bounds, symmetric, dtype)
+        scale, offset = stored_parameters(*bounds, 8, symmetric, dtype)
         return (rows / scale).add_(offset).round_().clamp_(-128, 127).sub_(offset).mul_(scale)
 
     return quantizer
@@ -78,20 +77,6 @@ def _dual_scale(rows: Tensor, outer_block: int) -> Tensor:
     values, outer = dual_scale_activations(rows, outer_block)
     blocks = values.view(*outer.shape, outer_block)
     return (blocks * outer.unsqueeze(-1)).view(rows.shape)
-
-
-@dataclass(frozen=True, eq=False)
-class _Rows:
-    """A weight in memory."""
-
-    matrix: Tensor
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return tuple(self.matrix.shape)
-
-    def rows(self, start: int, stop: int) -> Tensor:
-        return self.matrix[start:stop]
 
 
 def weight_quantizer(
@@ -111,7 +96,7 @@ def weight_quantizer(
         return symmetric_rows(form.kind.weight_bits)
 
     def quantized(matrix: Tensor, seen: InputStatistics | None) -> Tensor:
-        weight = quantize_weight(_Rows(matrix), config, form, tensor=name, linear=name, device=device, seen=seen)
+        weight = quantize_weight(InMemory(matrix), config, form, tensor=name, linear=name, device=device, seen=seen)
         return weight.dequantized().to(device)
 
     if config.method == "ssz" and SszOptions.of(config.ext).weighted:

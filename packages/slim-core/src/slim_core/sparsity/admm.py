@@ -74,7 +74,9 @@ class InputMetric:
 
     def solve(self, rows: Tensor) -> Tensor:
         """``rows @ (A + (rho + 1) I)^-1``, float32 ``(rows, in)``."""
-        return torch.cholesky_solve(rows.mT.to(self.factor.dtype), self.factor).mT.to(rows.dtype)
+        # Not torch.cholesky_solve: it copies the factor first, which takes as long again for a wide one.
+        half = _linalg.solve_triangular(self.factor.mT, rows.to(self.factor.dtype), upper=True, left=False)
+        return _linalg.solve_triangular(self.factor, half, upper=False, left=False).to(rows.dtype)
 
 
 def _cholesky(matrix: Tensor, name: str) -> Tensor:
@@ -97,8 +99,8 @@ def _cholesky(matrix: Tensor, name: str) -> Tensor:
 def prune(weight: Tensor, ratio: float, metric: InputMetric | None, name: str) -> Tensor:
     """A weight ``round(ratio * numel)`` of whose elements are zero; unchanged if as many already are.
 
-    The zeros are chosen over the whole matrix. Besides ``weight`` and the result, each 4 bytes per element, it takes a
-    mask of one byte per element and blocks of a few MiB.
+    The zeros are chosen over the whole matrix. Besides ``weight`` and the result, each 4 bytes per element, it takes
+    two masks of one byte per element and blocks of a few MiB.
 
     Args:
         weight: float32 ``(out, in)``, contiguous; not written to.

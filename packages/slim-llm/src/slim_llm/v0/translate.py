@@ -13,9 +13,9 @@ from slim_llm.v0.remarks import Remarks
 from slim_llm.v0.schema import DEFAULT_DATASET, CalibConfig, SpecV0
 from slim_llm.v0.smoothing import translate_smoothing
 
-__all__ = ["TARGET", "migrate"]
+__all__ = ["migrate"]
 
-TARGET = "modelslim_v1"
+_TARGET = "modelslim_v1"
 _SUBSTITUTE = "mix_calib.jsonl"
 _W8A8_FILES = "unlike those of v0, W8A8 layers come without weight_scale and weight_offset, which engines ignore"
 _FILE_NAMES = "files are named quant_model_weights*, whatever the type"
@@ -46,11 +46,11 @@ def migrate(recipe: Recipe) -> Migration:
     if dataset is not None:
         body["dataset"] = dataset
     metadata = recipe.metadata.model_dump(mode="json", exclude_unset=True)
-    data = {"apiversion": TARGET, **({"metadata": metadata} if metadata else {}), "spec": body}
+    data = {"apiversion": _TARGET, **({"metadata": metadata} if metadata else {}), "spec": body}
     differs = [_W8A8_FILES] if LayerKind.W8A8 in linears.kinds else []
     return Migration(
         source=recipe,
-        recipe=recipe_from_dict(data, where=f"{recipe.document.name} as {TARGET}"),
+        recipe=recipe_from_dict(data, where=f"{recipe.document.name} as {_TARGET}"),
         approximations=tuple(dict.fromkeys(remarks.approximations)),
         dropped=tuple(dict.fromkeys(remarks.dropped)),
         differences=(*differs, _FILE_NAMES),

@@ -5,16 +5,14 @@ W. Cheng et al., "Optimize Weight Rounding via Signed Gradient Descent for the Q
 
 from slim_core.quantization.autoround.inputs import DynamicInput, FloatInput, InputRounding, StaticInput
 from slim_core.quantization.autoround.rounding import WeightGrid
-from slim_core.quantization.autoround.training import Outcome, TrainableBlock, TrainingOptions, train
+from slim_core.quantization.autoround.training import TrainingOptions, train
 from slim_core.quantization.autoround.tuned import TunedLinear, TunedWeight
 
 __all__ = [
     "DynamicInput",
     "FloatInput",
     "InputRounding",
-    "Outcome",
     "StaticInput",
-    "TrainableBlock",
     "TrainingOptions",
     "TunedLinear",
     "TunedWeight",

@@ -20,9 +20,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from slim_core.quantization.affine import EPSILON, affine_parameters
+from slim_core.quantization.affine import stored_parameters
 
-__all__ = ["Gradients", "WeightGrid", "WeightRange", "fake_quantized", "gradients", "round_weight", "scale_and_offset"]
+__all__ = ["WeightGrid", "WeightRange", "fake_quantized", "gradients", "round_weight", "scale_and_offset"]
 
 
 @dataclass(frozen=True)
@@ -68,12 +68,7 @@ class WeightRange:
 def scale_and_offset(span: WeightRange, grid: WeightGrid) -> tuple[Tensor, Tensor]:
     """Scale, positive, and integral offset of every group, float32 ``(rows, groups, 1)``."""
     low, high = span.low * span.alpha, span.high * span.beta
-    scale, offset = affine_parameters(low, high, grid.bits, grid.symmetric)
-    if grid.scale_dtype != torch.float32:
-        scale = scale.to(grid.scale_dtype).float().clamp(min=EPSILON)
-        if not grid.symmetric:  # a scale that was rounded down asks for more levels than there are
-            offset = (torch.round(-low / scale) + grid.lowest).clamp(grid.lowest, grid.highest)
-    return scale, offset
+    return stored_parameters(low, high, grid.bits, grid.symmetric, grid.scale_dtype)
 
 
 def round_weight(weight: Tensor, scale: Tensor, offset: Tensor, shift: Tensor | None, grid: WeightGrid) -> Tensor:

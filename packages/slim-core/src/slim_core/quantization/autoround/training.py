@@ -6,40 +6,20 @@ import math
 from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from slim_core.errors import InvalidModelError, UnexpectedError
+from slim_core.model.block_run import BlockRun
 from slim_core.model.skeleton import stand_in
 from slim_core.quantization.autoround.start import searched_factors
 from slim_core.quantization.autoround.tuned import TunedLinear
 
-__all__ = ["Outcome", "TrainableBlock", "TrainingOptions", "shuffled", "train"]
+__all__ = ["Outcome", "TrainingOptions", "shuffled", "train"]
 
 _EVALUATIONS = 10
 _EVALUATED = 8
-
-
-class TrainableBlock(Protocol):
-    """A block with its inputs and what it should make of them."""
-
-    @property
-    def module(self) -> nn.Module:
-        """A module in which the block's linears are found by name."""
-        ...
-
-    @property
-    def samples(self) -> int: ...
-
-    def run(self, sample: int) -> Tensor:
-        """The output for a sample ``(..., hidden)`` as the block is now; gradients flow if enabled."""
-        ...
-
-    def target(self, sample: int) -> Tensor:
-        """The output that is wanted."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -95,7 +75,7 @@ class Outcome:
     unseen: tuple[str, ...]
 
 
-def train(block: TrainableBlock, linears: Mapping[str, TunedLinear], options: TrainingOptions, name: str) -> Outcome:
+def train(block: BlockRun, linears: Mapping[str, TunedLinear], options: TrainingOptions, name: str) -> Outcome:
     """Learn the weights of some linears of a block together; each keeps its part of the best state of all.
 
     States are compared on a fixed part of the samples, the start and rounding to nearest among them.
@@ -113,7 +93,7 @@ def train(block: TrainableBlock, linears: Mapping[str, TunedLinear], options: Tr
 
 class _Training:
     def __init__(
-        self, block: TrainableBlock, linears: Mapping[str, TunedLinear], options: TrainingOptions, name: str
+        self, block: BlockRun, linears: Mapping[str, TunedLinear], options: TrainingOptions, name: str
     ) -> None:
         self._block = block
         self._linears = linears

@@ -20,7 +20,7 @@ from slim_core.quantization.autoround.rounding import (
     scale_and_offset,
 )
 from slim_core.quantization.row_blocks import for_each_block, rows_per_block
-from slim_core.quantization.weights import QuantizedWeight, sqnr
+from slim_core.quantization.weights import QuantizedWeight, refuse_infinite, sqnr
 
 __all__ = ["TunedLinear", "TunedWeight"]
 
@@ -152,12 +152,7 @@ def _extremes(weight: Tensor) -> WeightRange:
 
 
 def _check(span: WeightRange, grid: WeightGrid, name: str) -> None:
-    bad = ~torch.isfinite(span.high - span.low).flatten(1).all(1)
-    if bool(bad.any()):
-        row = int(bad.nonzero()[0, 0])
-        raise InvalidModelError(
-            f"the weight holds NaN or infinity in row {row}", where=name, remedy="repair the checkpoint"
-        )
+    refuse_infinite(torch.cat([span.low, span.high], -1), name)
     if not bool(torch.isfinite(scale_and_offset(span, grid)[0]).all()):
         raise InvalidModelError(
             f"a scale of the weight is too large for {str(grid.scale_dtype).removeprefix('torch.')}",

@@ -12,7 +12,7 @@ from slim_core.quantization.methods.floating import fp8_weight
 from slim_core.quantization.methods.gptq import GptqOptions, gptq_weight
 from slim_core.quantization.methods.minmax import minmax_weight
 from slim_core.quantization.methods.sparse import FRACTION, SIGMA_FACTOR, sparse_weight
-from slim_core.quantization.methods.ssz import SszOptions, rounded_weight, ssz_weight
+from slim_core.quantization.methods.ssz import SszOptions, ssz_weight
 from slim_core.quantization.statistics import InputStatistics
 from slim_core.quantization.weights import MxWeight, QuantizedWeight, RowSource
 from slim_core.recipe.qconfig import WeightConfig
@@ -44,7 +44,7 @@ def quantize_weight(
     Raises:
         InvalidModelError: the weight or its inputs hold NaN or infinity.
     """
-    if "MXFP" in form.kind:
+    if form.kind.is_microscaling:
         return _mx_weight(weight, config, form, tensor, device)
     if form.kind is LayerKind.WFP8AFP8_DYNAMIC:
         return fp8_weight(weight, name=tensor, device=device)
@@ -63,7 +63,7 @@ def quantize_weight(
                 importance=_mean_square(seen, linear) if options.weighted and not starved else None,
             )
         case "gptq" if starved:
-            return rounded_weight(
+            return ssz_weight(
                 weight, bits=bits, symmetric=form.symmetric, group_size=form.group_size, name=tensor, device=device
             )
         case "gptq":

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from slim_core.errors import InvalidModelError
 from slim_core.quantization.floating import e4m3_scale, e4m3_values, to_e4m3
 from slim_core.quantization.row_blocks import decibels, for_each_block, rows_per_block
-from slim_core.quantization.weights import QuantizedWeight, RowSource
+from slim_core.quantization.weights import QuantizedWeight, RowSource, refuse_infinite
 
 __all__ = ["fp8_weight"]
 
@@ -52,11 +51,5 @@ def fp8_weight(weight: RowSource, *, name: str, device: torch.device | None = No
         return float((signal.double() * unit).sum()), float((noise.double() * unit).sum())
 
     energies = for_each_block(work, range(0, out, step))
-    finite = torch.isfinite(scale).flatten()
-    if not bool(finite.all()):
-        raise InvalidModelError(
-            f"the weight holds NaN or infinity in row {int((~finite).nonzero()[0])}",
-            where=name,
-            remedy="repair the checkpoint",
-        )
+    refuse_infinite(scale, name)
     return QuantizedWeight(codes, scale, torch.zeros_like(scale), decibels(energies))

@@ -26,7 +26,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from slim_core.errors import InvalidModelError
 from slim_core.quantization.microscaling import (
     BLOCK,
     LOWEST,
@@ -44,7 +43,7 @@ from slim_core.quantization.microscaling import (
     to_bytes,
 )
 from slim_core.quantization.row_blocks import decibels, for_each_block, rows_per_block
-from slim_core.quantization.weights import MxWeight, RowSource
+from slim_core.quantization.weights import MxWeight, RowSource, refuse_infinite
 
 __all__ = ["ceil_x_weight", "dualscale_weight", "fouroversix_weight", "mse_round_weight", "mxfp4_weight"]
 __all__ += ["mxfp8_weight", "search_values"]
@@ -155,13 +154,13 @@ def _quantize(
         unit: Tensor | None = None
         if outer is not None:
             scale = dual_scales(rows, outer_block)
-            _refuse_infinite(scale, start, name)
+            refuse_infinite(scale, name, start)
             outer[start:stop].copy_(scale)
             rows = (by_blocks(rows, outer_block) / scale).flatten(1)
             unit = scale.repeat_interleave(outer_block // BLOCK, 1)
         blocks = by_blocks(rows)
         largest = magnitudes(blocks)
-        _refuse_infinite(largest, start, name)
+        refuse_infinite(largest, name, start)
         exponent = _best_exponents(blocks, largest, rules, form)
         elements[start:stop].copy_(from_blocks(form.encode(blocks * power_of_two(-exponent)), width))
         exponents[start:stop].copy_(to_bytes(exponent).squeeze(2))
@@ -211,7 +210,7 @@ def _best_rule(
     def work(start: int) -> Tensor:
         blocks = by_blocks(weight.rows(start, min(start + step, out)).to(device).float())
         largest = magnitudes(blocks)
-        _refuse_infinite(largest, start, name)
+        refuse_infinite(largest, name, start)
         mantissa, exponent = torch.frexp(largest)
         unit = torch.exp2(2.0 * exponent.double())
         errors = {
@@ -234,12 +233,3 @@ def _energies(blocks: Tensor, exponent: Tensor, form: MxFormat, unit: Tensor | N
     signal = (blocks * power_of_two(-exponent)).square_().sum(-1, keepdim=True).double() * scale.square()
     noise = _squared_errors(blocks, exponent, exponent, form).double() * scale.square()
     return float(signal.sum()), float(noise.sum())
-
-
-def _refuse_infinite(largest: Tensor, start: int, name: str) -> None:
-    if bool((finite := torch.isfinite(largest).flatten(1).all(1)).all()):
-        return
-    row = start + int((~finite).nonzero()[0])
-    raise InvalidModelError(
-        f"the weight holds NaN or infinity in row {row}", where=name, remedy="repair the checkpoint"
-    )

@@ -9,14 +9,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from slim_core.errors import InvalidModelError
 from slim_core.quantization.affine import EPSILON, affine_parameters, by_groups
-from slim_core.quantization.row_blocks import decibels, for_each_block
-from slim_core.quantization.weights import QuantizedWeight, RowSource
+from slim_core.quantization.row_blocks import decibels, for_each_block, rows_per_block
+from slim_core.quantization.weights import QuantizedWeight, RowSource, refuse_infinite
 
 __all__ = ["minmax_weight"]
 
-_BLOCK_BYTES = 1 << 20
 _SAMPLE_EVERY = 8
 
 
@@ -51,7 +49,7 @@ def minmax_weight(
         bits: width of the codes, at most 8.
         name: the tensor's name, for errors.
         group_size: columns that share a scale, a divisor of ``in``; 0: all of them.
-        device: where to compute; the whole matrix goes there at once if it is not the CPU.
+        device: where to compute.
 
     Raises:
         InvalidModelError: the weight holds NaN or infinity.
@@ -66,13 +64,11 @@ def minmax_weight(
     codes = torch.empty(out, width, dtype=torch.int8)
     scale, offset = torch.empty(out, groups), torch.empty(out, groups)
     half = 2 ** (bits - 1)
-    accelerated = device is not None and device.type != "cpu"
-    block = out if accelerated else max(1, _BLOCK_BYTES // max(width * 4, 1))
+    block = rows_per_block(width, device)
 
     def work(start: int) -> tuple[float, float]:
         stop = min(start + block, out)
-        rows = by_groups(weight.rows(start, stop), groups)
-        steps, s, z = _quantize_rows(rows.to(device) if accelerated else rows, bits, symmetric)
+        steps, s, z = _quantize_rows(by_groups(weight.rows(start, stop).to(device), groups), bits, symmetric)
         sampled = (start // block) % _SAMPLE_EVERY == 0
         exact = steps.clone() if sampled else steps
         rounded = steps.round_()
@@ -86,11 +82,7 @@ def minmax_weight(
         return _energy(exact - z, s), _energy(exact - rounded, s)
 
     energies = for_each_block(work, range(0, out, block))
-    if not bool(torch.isfinite(scale).all()):
-        row = int((~torch.isfinite(scale)).nonzero()[0, 0])
-        raise InvalidModelError(
-            f"the weight holds NaN or infinity in row {row}", where=name, remedy="repair the checkpoint"
-        )
+    refuse_infinite(scale, name)
     return QuantizedWeight(codes, scale, offset, decibels(energies))
 
 

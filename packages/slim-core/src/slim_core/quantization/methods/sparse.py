@@ -13,10 +13,9 @@ import math
 import torch
 from torch import Tensor
 
-from slim_core.errors import InvalidModelError
 from slim_core.quantization.affine import EPSILON
-from slim_core.quantization.row_blocks import decibels, for_each_block, rows_per_block
-from slim_core.quantization.weights import QuantizedWeight, RowSource
+from slim_core.quantization.row_blocks import decibels, energy, for_each_block, rows_per_block
+from slim_core.quantization.weights import QuantizedWeight, RowSource, refuse_infinite
 
 __all__ = ["FRACTION", "SIGMA_FACTOR", "sparse_weight"]
 
@@ -61,17 +60,13 @@ def sparse_weight(
         rows = weight.rows(start, stop).to(device).float()
         magnitude = rows.abs()
         largest = magnitude.amax(1, keepdim=True)
-        if not bool(torch.isfinite(largest).all()):
-            row = start + int((~torch.isfinite(largest)).nonzero()[0, 0])
-            raise InvalidModelError(
-                f"the weight holds NaN or infinity in row {row}", where=name, remedy="repair the checkpoint"
-            )
+        refuse_infinite(largest, name, start)
         narrow = _within(rows, magnitude, sigma_factor) if use_sigma else _below(magnitude, protected)
         s = torch.maximum(narrow / _NARROW, largest / _WIDE).clamp_(min=EPSILON).masked_fill_(largest == 0, 1)
         q = torch.div(rows, s, out=magnitude).round_()
         codes[start:stop].copy_(q)
         scale[start:stop].copy_(s)
-        return _energy(rows), _energy(q.mul_(s).sub_(rows))
+        return energy(rows), energy(q.mul_(s).sub_(rows))
 
     energies = for_each_block(work, range(0, out, block))
     return QuantizedWeight(codes, scale, torch.zeros(out, 1), decibels(energies))
@@ -93,7 +88,3 @@ def _within(rows: Tensor, magnitude: Tensor, factor: float) -> Tensor:
     deviation, mean = torch.std_mean(exact, dim=1, correction=0, keepdim=True)
     protected = exact.sub_(mean).abs_() > factor * deviation
     return magnitude.masked_fill(protected, 0).amax(1, keepdim=True)
-
-
-def _energy(rows: Tensor) -> float:
-    return float(rows.double().square_().sum())

@@ -8,21 +8,17 @@ service, so its weights are not given up: the error without weights stays within
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from slim_core.errors import InvalidModelError
 from slim_core.quantization.affine import EPSILON, affine_parameters, by_groups, dequantize_groups, quantize_groups
-from slim_core.quantization.row_blocks import decibels, for_each_block, rows_per_block
+from slim_core.quantization.row_blocks import decibels, energy, for_each_block, rows_per_block
 from slim_core.quantization.scale_search import STEPS, TIGHT_BOUND, search_matrix
-from slim_core.quantization.weights import QuantizedWeight, RowSource
+from slim_core.quantization.weights import QuantizedWeight, RowSource, refuse_infinite
 from slim_core.recipe.qconfig import Ext
 
-__all__ = ["SszOptions", "energy", "rounded_weight", "ssz_weight"]
-
-_linalg: Any = torch.linalg  # its members have no types
+__all__ = ["SszOptions", "ssz_weight"]
 
 
 @dataclass(frozen=True)
@@ -42,13 +38,14 @@ def ssz_weight(
     weight: RowSource,
     *,
     bits: int,
+    symmetric: bool = True,
     group_size: int = 0,
     steps: int = STEPS,
     name: str,
     device: torch.device | None = None,
     importance: Tensor | None = None,
 ) -> QuantizedWeight:
-    """Quantize a weight symmetrically, every row or group of its columns with the scale of least squared error.
+    """Quantize a weight, every row or group of its columns with the scale of least squared error.
 
     The (weighted) error of a row or group is never above that of ``minmax``; with weights, its error without them is
     never above twice that of ``minmax``.
@@ -65,30 +62,6 @@ def ssz_weight(
     Raises:
         InvalidModelError: the weight holds NaN or infinity.
     """
-    return rounded_weight(
-        weight,
-        bits=bits,
-        symmetric=True,
-        group_size=group_size,
-        steps=steps,
-        name=name,
-        device=device,
-        importance=importance,
-    )
-
-
-def rounded_weight(
-    weight: RowSource,
-    *,
-    bits: int,
-    symmetric: bool,
-    group_size: int = 0,
-    steps: int = STEPS,
-    name: str,
-    device: torch.device | None = None,
-    importance: Tensor | None = None,
-) -> QuantizedWeight:
-    """:func:`ssz_weight`, with or without an offset."""
     out, width = weight.shape
     groups = width // group_size if group_size else 1
     codes = torch.empty(out, width, dtype=torch.int8)
@@ -101,7 +74,8 @@ def rounded_weight(
     counts = by_groups(counts.to(where).unsqueeze(0), groups)
 
     def work(start: int) -> tuple[float, float]:
-        rows = finite_rows(weight, start, min(start + block, out), name).to(where)
+        rows = weight.rows(start, min(start + block, out)).to(device=where, dtype=torch.float32)
+        refuse_infinite(torch.stack([rows.amin(1), rows.amax(1)], 1), name, start)
         found = search_matrix(
             rows,
             bits=bits,
@@ -120,22 +94,6 @@ def rounded_weight(
 
     energies = for_each_block(work, range(0, out, block))
     return QuantizedWeight(codes, scale, offset, decibels(energies))
-
-
-def finite_rows(weight: RowSource, start: int, stop: int, name: str) -> Tensor:
-    """Rows as float32; possibly a view of the file.
-
-    Raises:
-        InvalidModelError: they hold NaN or infinity.
-    """
-    rows = weight.rows(start, stop).float()
-    finite = torch.isfinite(rows.amax(1)) & torch.isfinite(rows.amin(1))
-    if not bool(finite.all()):
-        row = start + int((~finite).nonzero()[0])
-        raise InvalidModelError(
-            f"the weight holds NaN or infinity in row {row}", where=name, remedy="repair the checkpoint"
-        )
-    return rows
 
 
 def _never_above_minmax(
@@ -159,10 +117,3 @@ def _never_above_minmax(
     worse = (new_weighted > old_weighted) | (new_plain > TIGHT_BOUND * old_plain)
     scale, offset = (torch.where(worse, old, new) for old, new in zip(plain, found, strict=True))
     return scale, offset
-
-
-def energy(values: Tensor) -> float:
-    """The sum of the squares of a matrix; of its rows in float32, unless that cannot hold them."""
-    rows: Tensor = _linalg.vector_norm(values, dim=1).double()
-    total = float(rows.square().sum())
-    return total if 1e-20 < total < float("inf") else float(values.double().square_().sum())

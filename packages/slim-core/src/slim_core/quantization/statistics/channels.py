@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from slim_core.errors import InvalidModelError
+from slim_core.quantization.statistics.problems import not_finite
 
 __all__ = ["ChannelStatistics"]
 
@@ -99,9 +99,7 @@ class ChannelStatistics:
         if self.square is None:
             return None
         if not bool(torch.isfinite(self.square).all()):
-            raise InvalidModelError(
-                "its activations hold NaN or infinity", where=name, remedy="check the model and the calibration set"
-            )
+            raise not_finite(name)
         return self.square / self.tokens
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from slim_core.errors import InvalidModelError
+from slim_core.quantization.statistics.problems import not_finite
 
 __all__ = ["Hessian"]
 
@@ -83,9 +83,7 @@ class Hessian:
         if self.total is None:
             return None
         if not bool(torch.isfinite(self.total.diagonal()).all()):
-            raise InvalidModelError(
-                "its activations hold NaN or infinity", where=name, remedy="check the model and the calibration set"
-            )
+            raise not_finite(name)
         return self.total
 
     def mean(self, name: str) -> Tensor | None:

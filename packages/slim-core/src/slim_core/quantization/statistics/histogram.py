@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from slim_core.errors import InvalidModelError, SpecError
+from slim_core.quantization.statistics.problems import not_finite, not_observed
 
 __all__ = ["BINS", "Histogram"]
 
@@ -85,15 +85,9 @@ class Histogram:
             InvalidModelError: NaN or infinity was observed.
         """
         if not self.finite:
-            raise InvalidModelError(
-                "its activations hold NaN or infinity", where=name, remedy="check the model and the calibration set"
-            )
+            raise not_finite(name)
         if self.counts is None:
-            raise SpecError(
-                "no calibration sample reached this linear, so its activation range is unknown",
-                where=name,
-                remedy="use a larger calibration set, or exclude the linear or quantize it per_token",
-            )
+            raise not_observed(name)
         exponent = max(self.exponent, _exponent(self.minimum, self.maximum, bins))
         start, stop = _bin(self.minimum, exponent), _bin(self.maximum, exponent) + 1
         counts = torch.zeros(stop - start, dtype=torch.int64)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from slim_core.errors import InvalidModelError, SpecError
+from slim_core.quantization.statistics.problems import not_finite, not_observed
 
 __all__ = ["TensorRange", "observe_range"]
 
@@ -48,18 +48,12 @@ class TensorRange:
             InvalidModelError: NaN or infinity was observed.
         """
         if not self.tokens:
-            raise SpecError(
-                "no calibration sample reached this linear, so its activation range is unknown",
-                where=name,
-                remedy="use a larger calibration set, or exclude the linear or quantize it per_token",
-            )
+            raise not_observed(name)
         low, high = self.minimum, self.maximum
         if aggregation == "mean":
             low, high = self.sum_of_minima / self.samples, self.sum_of_maxima / self.samples
         if not (low > float("-inf") and high < float("inf")):
-            raise InvalidModelError(
-                "its activations hold NaN or infinity", where=name, remedy="check the model and the calibration set"
-            )
+            raise not_finite(name)
         return torch.tensor([low]), torch.tensor([high])
 
 

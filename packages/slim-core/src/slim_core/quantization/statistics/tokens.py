@@ -10,7 +10,7 @@ which tokens arrive, on batches, or on how they were divided over processes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from slim_core.errors import InvalidModelError, UnsupportedError
 
-__all__ = ["TokenSample", "sample_tokens"]
+__all__ = ["TokenSample"]
 
 _STRATA_PER_OCTAVE = 2
 _SEED = 1234
@@ -178,16 +178,3 @@ def _hashes(rows: Tensor) -> _Integers:
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):  # splitmix64
         keys = (keys ^ (keys >> np.uint64(shift))) * np.uint64(factor)
     return (keys ^ (keys >> np.uint64(31))).view(np.int64)
-
-
-def sample_tokens(batches: Iterable[Tensor], size: int) -> Tensor:
-    """At most ``size`` tokens of all batches ``(..., channels)``, float32 ``(tokens, channels)``.
-
-    Raises:
-        InvalidModelError: a batch holds NaN or infinity.
-        UnsupportedError: there is no token.
-    """
-    sample = TokenSample(size)
-    for batch in batches:
-        sample.update(batch)
-    return sample.tokens()
