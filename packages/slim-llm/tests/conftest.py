@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -167,18 +168,33 @@ def build(family: str, dtype: torch.dtype, folder: Path) -> None:
         shutil.copyfile(TOKENIZER / file, folder / file)
 
 
-@pytest.fixture(scope="session")
-def naive() -> ModuleType:
-    """The independent reader, ``naive.py`` in this folder."""
-    spec = importlib.util.spec_from_file_location("slim_llm_tests_naive", Path(__file__).with_name("naive.py"))
+def _beside(name: str) -> ModuleType:
+    """A module in this folder, which is no package."""
+    spec = importlib.util.spec_from_file_location(f"slim_llm_tests_{name}", Path(__file__).with_name(f"{name}.py"))
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    import sys
-
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="session")
+def naive() -> ModuleType:
+    """The independent reader, ``naive.py`` in this folder."""
+    return _beside("naive")
+
+
+@pytest.fixture(scope="session")
+def naive_attention() -> ModuleType:
+    """The independent arithmetic of caches, ``naive_attention.py`` in this folder."""
+    return _beside("naive_attention")
+
+
+@pytest.fixture
+def no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reports without pictures: drawing takes longer than all the rest of a small run."""
+    monkeypatch.setattr("slim_core.evaluation.report.write.draw_plots", lambda _data: {})
 
 
 ModelFolder = Callable[..., Path]

@@ -20,7 +20,7 @@ from slim_core.processors.autoround_quant import AutoroundQuant
 from slim_core.quantization.layers import DynamicInt
 from slim_core.quantization.methods.minmax import minmax_weight
 from slim_core.quantization.methods.ssz import ssz_weight
-from slim_core.quantization.weights import QuantizedWeight
+from slim_core.quantization.weights import InMemory, QuantizedWeight
 from slim_core.recipe import recipe_from_dict
 from slim_core.savers.ascendv1_folder import AscendV1Folder
 from slim_core.service import QuantRequest
@@ -180,15 +180,6 @@ class Simulated(nn.Module):
         return self.layer.simulate(x)
 
 
-class Rows:
-    def __init__(self, matrix: Tensor) -> None:
-        self.matrix = matrix
-        self.shape = tuple(matrix.shape)
-
-    def rows(self, start: int, stop: int) -> Tensor:
-        return self.matrix[start:stop]
-
-
 def by_method(calls: Calls, scheme: str, method: str) -> dict[str, nn.Module]:
     """The same kind of layers with weights by another method."""
     group_size, bits = (GROUP, 8) if scheme == "w4a8" else (0, 4)
@@ -196,7 +187,7 @@ def by_method(calls: Calls, scheme: str, method: str) -> dict[str, nn.Module]:
     for name, module in calls.model.named_modules():
         if not isinstance(module, nn.Linear) or not name.startswith("model.layers."):
             continue
-        rows: Any = Rows(module.weight.data)
+        rows: Any = InMemory(module.weight.data)
         weight: QuantizedWeight
         if method == "ssz":
             weight = ssz_weight(rows, bits=4, group_size=group_size, name=name)
@@ -382,7 +373,7 @@ def test_other_dtypes_and_runners(
     plain = dict(layers)
     for name, layer in layers.items():
         if layer.layer.kind == "W4A16":
-            rows: Any = Rows(calls.model.get_submodule(name).weight.data)
+            rows: Any = InMemory(calls.model.get_submodule(name).weight.data)
             nearest = minmax_weight(rows, bits=4, symmetric=True, group_size=GROUP, name=name)
             plain[name] = Simulated(type(layer.layer)(nearest.codes, nearest.scale, nearest.offset, bits=4))
     found, want = calls.errors(dict(layers)), calls.errors(dict(plain))

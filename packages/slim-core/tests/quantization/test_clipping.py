@@ -15,8 +15,8 @@ from torch import Tensor
 
 from slim_core.errors import InvalidModelError, SpecError
 from slim_core.quantization import clipping
-from slim_core.quantization.activations import HistogramOptions, range_parameters, static_parameters
-from slim_core.quantization.affine import EPSILON, quantize
+from slim_core.quantization.activations import HistogramOptions, static_parameters
+from slim_core.quantization.affine import EPSILON, quantize, stored_parameters
 from slim_core.quantization.building import build_layer, needs_of
 from slim_core.quantization.clipping import clipping_range
 from slim_core.quantization.kinds import LayerForm, LayerKind
@@ -62,11 +62,11 @@ def histogram(x: Tensor, bins: int) -> Histogram:
 
 
 def grid(symmetric: bool, dtype: torch.dtype | None = None) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    return lambda low, high: range_parameters(low, high, symmetric, dtype)
+    return lambda low, high: stored_parameters(low, high, 8, symmetric, dtype)
 
 
 def scheme(ends: Ends, symmetric: bool, dtype: torch.dtype | None) -> tuple[float, float]:
-    scale, offset = range_parameters(*(torch.tensor([end]) for end in ends), symmetric, dtype)
+    scale, offset = stored_parameters(*(torch.tensor([end]) for end in ends), 8, symmetric, dtype)
     return float(scale), float(offset)
 
 
@@ -94,7 +94,7 @@ def ranges(seen: Histogram, symmetric: bool) -> list[Ends]:
 
 
 def data_error(x: Tensor, ends: tuple[Tensor, Tensor], symmetric: bool, dtype: torch.dtype | None = None) -> float:
-    scale, offset = range_parameters(*ends, symmetric, dtype)
+    scale, offset = stored_parameters(*ends, 8, symmetric, dtype)
     back = (quantize(x, scale, offset, 8).double() - offset.double()) * scale.double()
     return float((back - x.double()).square().mean())
 
@@ -133,7 +133,7 @@ def test_large_histograms_are_searched_nearly_as_well(
     monkeypatch.setattr(clipping, "_EXHAUSTIVE", 1 << 20)
     best = clipping_range(seen, grid(symmetric), symmetric=symmetric)
     errors = [
-        naive_error(seen, *(float(p) for p in range_parameters(*ends, symmetric, None))) for ends in (found, best)
+        naive_error(seen, *(float(p) for p in stored_parameters(*ends, 8, symmetric, None))) for ends in (found, best)
     ]
     assert errors[0] <= 1.002 * errors[1]
 
@@ -147,7 +147,7 @@ def test_never_worse_than_the_extremes(kind: str, symmetric: bool, dtype: torch.
     seen = histogram(x, bins)
     found = clipping_range(seen, grid(symmetric, dtype), symmetric=symmetric)
     errors = [
-        naive_error(seen, *(float(p) for p in range_parameters(*ends, symmetric, dtype)))
+        naive_error(seen, *(float(p) for p in stored_parameters(*ends, 8, symmetric, dtype)))
         for ends in (found, extremes(x))
     ]
     assert errors[0] <= errors[1] * (1 + 1e-9)
@@ -172,7 +172,7 @@ def test_clipping_pays_on_heavy_tails(kind: str, gain: float, symmetric: bool, d
 def test_a_single_value_is_represented_exactly(symmetric: bool, metric: clipping.Metric, value: float) -> None:
     x = torch.full((5,), value)
     ends = clipping_range(histogram(x, 64), grid(symmetric), symmetric=symmetric, metric=metric)
-    scale, offset = range_parameters(*ends, symmetric, None)
+    scale, offset = stored_parameters(*ends, 8, symmetric, None)
     back = (quantize(x, scale, offset, 8).float() - offset) * scale
     assert bool(((back - x).abs() <= 1e-6 * x.abs() + EPSILON).all())
 

@@ -16,6 +16,7 @@ from slim_core.quantization.kinds import LayerKind, layer_form
 from slim_core.quantization.layers import Fp8Dynamic, MxDynamic, QuantizedLinear, SimulatedLinear
 from slim_core.quantization.methods import quantize_weight
 from slim_core.quantization.statistics import InputStatistics
+from slim_core.quantization.weights import InMemory
 from slim_core.recipe import LinearQConfig
 
 OUT = 5
@@ -44,17 +45,6 @@ MX_RULES: dict[LayerKind, tuple[tuple[float, ...], int, str]] = {
 every_kind = pytest.mark.parametrize("kind", list(QCONFIGS))
 
 
-class Rows:
-    """A matrix in memory."""
-
-    def __init__(self, matrix: Tensor) -> None:
-        self.matrix = matrix
-        self.shape = tuple(matrix.shape)
-
-    def rows(self, start: int, stop: int) -> Tensor:
-        return self.matrix[start:stop]
-
-
 def qconfig(kind: LayerKind) -> LinearQConfig:
     blocks = {}
     for side, text in zip(("act", "weight"), QCONFIGS[kind], strict=True):
@@ -74,7 +64,7 @@ def layer_of(kind: LayerKind, width: int = 64, bias: Tensor | None = None) -> Qu
     config = qconfig(kind)
     form = layer_form(config)
     weight = quantize_weight(
-        Rows(gaussian(OUT, width, dtype=torch.bfloat16)), config.weight, form, tensor="w", linear="l"
+        InMemory(gaussian(OUT, width, dtype=torch.bfloat16)), config.weight, form, tensor="w", linear="l"
     )
     seen = InputStatistics()
     layer = build_layer(form, weight, config.act, seen=seen, bias=bias, name="l", dtype=torch.bfloat16)

@@ -31,7 +31,7 @@ from slim_core.quantization.methods.microscaling import (
     mxfp8_weight,
     search_values,
 )
-from slim_core.quantization.weights import MxWeight, QuantizedWeight
+from slim_core.quantization.weights import InMemory, MxWeight, QuantizedWeight
 from slim_core.recipe import LinearQConfig
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -54,23 +54,6 @@ EVERY: dict[str, Callable[..., QuantizedWeight | MxWeight]] = {
     "dualscale": lambda weight, **named: dualscale_weight(weight, outer_block=32, **named),
 }
 every_method = pytest.mark.parametrize("method", list(EVERY))
-
-
-class Rows:
-    """A matrix in memory; counts how often each row is read."""
-
-    def __init__(self, matrix: Tensor) -> None:
-        self.matrix = matrix
-        self.reads = [0] * len(matrix)
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return tuple(self.matrix.shape)
-
-    def rows(self, start: int, stop: int) -> Tensor:
-        for row in range(start, stop):
-            self.reads[row] += 1
-        return self.matrix[start:stop]
 
 
 def gaussian(rows: int, columns: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
@@ -132,7 +115,7 @@ def candidates(method: str, m: float) -> list[int]:
 def test_equals_naive_float64(method: str, dtype: torch.dtype, shape: tuple[int, int]) -> None:
     matrix = gaussian(*shape, dtype)
     grid = E4M3 if method in ("mxfp8", "mse_round") else E2M1
-    found = MX[method](Rows(matrix), name="w")
+    found = MX[method](InMemory(matrix), name="w")
     back = found.dequantized().double()
     assert found.elements.dtype == (torch.float8_e4m3fn if grid is E4M3 else torch.uint8)
     assert found.elements.shape == back.shape == shape
@@ -154,7 +137,7 @@ def test_searches_are_never_worse_than_minmax_in_any_block(dtype: torch.dtype, s
     matrix = gaussian(24, 256, dtype, seed) * gaussian(24, 1, dtype, seed + 9).exp()
 
     def block_errors(method: str) -> Tensor:
-        error = (MX[method](Rows(matrix), name="w").dequantized().double() - matrix.double()).square()
+        error = (MX[method](InMemory(matrix), name="w").dequantized().double() - matrix.double()).square()
         return error.reshape(24, 8, 32).sum(-1)
 
     for search, plain in (("mse_round", "mxfp8"), ("fouroversix", "mxfp4")):
@@ -168,7 +151,7 @@ def test_ceil_x_brings_maxima_to_its_value(value: float) -> None:
     matrix = gaussian(40, 64)
     matrix[0] = 4 * value
     stored = float(matrix[0, 0]) / 4  # 9.1 is no float32: the nearest one lies above and needs one exponent more
-    found = ceil_x_weight(Rows(matrix), name="w", value=value)
+    found = ceil_x_weight(InMemory(matrix), name="w", value=value)
     largest = matrix.reshape(40, 2, 32).abs().amax(-1).double()
     scaled = largest / (found.exponents.double() - 127).exp2()
     assert float(scaled.max()) <= value
@@ -184,9 +167,9 @@ def total_error(matrix: Tensor, found: MxWeight) -> float:
 @pytest.mark.parametrize("values", [SEARCH, [8.0, 10.5], search_values(0.5, 40, 3.7)])
 def test_search_finds_the_best_value_for_the_whole_weight(seed: int, values: list[float]) -> None:
     matrix = gaussian(16, 96, torch.bfloat16, seed).float().pow(3)
-    found = ceil_x_weight(Rows(matrix), name="w", search=values)
-    every = [ceil_x_weight(Rows(matrix), name="w", value=value) for value in values]
-    every.append(mxfp4_weight(Rows(matrix), name="w"))
+    found = ceil_x_weight(InMemory(matrix), name="w", search=values)
+    every = [ceil_x_weight(InMemory(matrix), name="w", value=value) for value in values]
+    every.append(mxfp4_weight(InMemory(matrix), name="w"))
     least = min(total_error(matrix, one) for one in every)
     assert total_error(matrix, found) == pytest.approx(least, rel=1e-6)
     assert any(same(found, one) for one in every)
@@ -204,13 +187,13 @@ def test_values_of_a_search() -> None:
 def test_dualscale(dtype: torch.dtype, outer_block: int) -> None:
     matrix = gaussian(5, 192, dtype)
     matrix[2, :outer_block] = 0
-    found = dualscale_weight(Rows(matrix), outer_block=outer_block, name="w")
+    found = dualscale_weight(InMemory(matrix), outer_block=outer_block, name="w")
     blocks = matrix.float().reshape(5, -1, outer_block)
     amax = blocks.abs().amax(-1, keepdim=True)
     assert found.outer is not None
     assert (found.outer.dtype, found.outer.shape) == (torch.float32, (5, 192 // outer_block, 1))
     assert torch.equal(found.outer, (amax / 6).clamp(min=SMALLEST_SCALE))
-    inner = mxfp4_weight(Rows((blocks / found.outer).reshape(5, 192)), name="w")
+    inner = mxfp4_weight(InMemory((blocks / found.outer).reshape(5, 192)), name="w")
     assert torch.equal(found.elements, inner.elements)
     assert torch.equal(found.exponents, inner.exponents)
     back = found.dequantized()
@@ -226,7 +209,7 @@ def test_dualscale(dtype: torch.dtype, outer_block: int) -> None:
 @pytest.mark.parametrize("shape", SHAPES)
 def test_fp8_equals_naive_float64(dtype: torch.dtype, shape: tuple[int, int]) -> None:
     matrix = gaussian(*shape, dtype)
-    found = fp8_weight(Rows(matrix), name="w")
+    found = fp8_weight(InMemory(matrix), name="w")
     w = matrix.double()
     scale = w.abs().amax(1, keepdim=True) / 448
     assert found.codes.dtype == torch.float8_e4m3fn
@@ -245,14 +228,14 @@ def test_fp8_equals_naive_float64(dtype: torch.dtype, shape: tuple[int, int]) ->
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_its_float32_upcast(method: str, dtype: torch.dtype) -> None:
     matrix = gaussian(16, 96, dtype)
-    assert same(EVERY[method](Rows(matrix), name="w"), EVERY[method](Rows(matrix.float()), name="w"))
+    assert same(EVERY[method](InMemory(matrix), name="w"), EVERY[method](InMemory(matrix.float()), name="w"))
 
 
 @given(power=st.integers(-60, 60), method=st.sampled_from(list(EVERY)))
 @settings(max_examples=40)
 def test_powers_of_two_shift_the_scale_and_nothing_else(power: int, method: str) -> None:
     matrix = gaussian(4, 64)
-    plain, scaled = (EVERY[method](Rows(w), name="w") for w in (matrix, matrix * 2.0**power))
+    plain, scaled = (EVERY[method](InMemory(w), name="w") for w in (matrix, matrix * 2.0**power))
     assert torch.equal(codes_of(plain)[0], codes_of(scaled)[0])
     assert torch.equal(scaled.dequantized(), plain.dequantized() * 2.0**power)
     assert scaled.sqnr_db == pytest.approx(plain.sqnr_db, abs=1e-4)
@@ -261,7 +244,7 @@ def test_powers_of_two_shift_the_scale_and_nothing_else(power: int, method: str)
 @every_method
 def test_tiny_weights_keep_their_precision(method: str) -> None:
     matrix = gaussian(4, 64)
-    plain, tiny = (EVERY[method](Rows(w), name="w").dequantized().double() for w in (matrix, matrix * 1e-20))
+    plain, tiny = (EVERY[method](InMemory(w), name="w").dequantized().double() for w in (matrix, matrix * 1e-20))
     error, small = (plain - matrix.double()).norm(), (tiny - (matrix * 1e-20).double()).norm()
     assert float(small / 1e-20) == pytest.approx(float(error), rel=0.5)
     assert bool((tiny != 0).sum() > 200)
@@ -272,7 +255,7 @@ def test_the_smallest_and_the_largest_weights(method: str) -> None:
     """At the lower end the formats run out of exponents: there an error may be as large as the weight, never larger."""
     for scale, share in ((2.0**-149, 1), (2.0**-128, 1), (2.0**-120, 0.2), (2.0**125, 0.2)):
         matrix = gaussian(2, 64).clamp(-3, 3) * scale
-        back = EVERY[method](Rows(matrix), name="w").dequantized()
+        back = EVERY[method](InMemory(matrix), name="w").dequantized()
         assert bool(back.isfinite().all())
         assert float((back.double() - matrix.double()).norm()) <= share * float(matrix.double().norm())
 
@@ -282,7 +265,7 @@ def test_zeros_stay_zeros(method: str) -> None:
     matrix = gaussian(3, 96)
     matrix[1] = 0
     matrix[2, 32:64] = 0
-    found = EVERY[method](Rows(matrix), name="w")
+    found = EVERY[method](InMemory(matrix), name="w")
     back = found.dequantized()
     assert bool(back.isfinite().all())
     assert not bool(back[1].any())
@@ -296,18 +279,18 @@ def test_zeros_stay_zeros(method: str) -> None:
 @every_method
 def test_negation_and_permutation(method: str) -> None:
     matrix = gaussian(6, 96, torch.bfloat16)
-    plain = EVERY[method](Rows(matrix), name="w").dequantized()
-    assert torch.equal(EVERY[method](Rows(-matrix), name="w").dequantized(), -plain)
+    plain = EVERY[method](InMemory(matrix), name="w").dequantized()
+    assert torch.equal(EVERY[method](InMemory(-matrix), name="w").dequantized(), -plain)
     rows = torch.tensor([3, 0, 5, 1, 4, 2])
     blocks = torch.cat([torch.arange(64, 96), torch.arange(64)])
-    assert torch.equal(EVERY[method](Rows(matrix[rows][:, blocks]), name="w").dequantized(), plain[rows][:, blocks])
+    assert torch.equal(EVERY[method](InMemory(matrix[rows][:, blocks]), name="w").dequantized(), plain[rows][:, blocks])
 
 
 @every_method
 def test_quantizing_twice_is_quantizing_once(method: str) -> None:
     matrix = gaussian(6, 96)
-    once = EVERY[method](Rows(matrix), name="w").dequantized()
-    twice = EVERY[method](Rows(once), name="w").dequantized()
+    once = EVERY[method](InMemory(matrix), name="w").dequantized()
+    twice = EVERY[method](InMemory(once), name="w").dequantized()
     assert torch.allclose(twice, once, rtol=2e-7 if method in ("dualscale", "fp8") else 0, atol=0)
 
 
@@ -319,21 +302,23 @@ def test_a_mapped_file_is_only_read(method: str, dtype: torch.dtype, tmp_path: P
     save_file({"w.weight": matrix}, tmp_path / "model.safetensors")
     source = Checkpoint(tmp_path)
     lazy = LazyTensor(source, source.meta("w.weight"))
-    assert same(EVERY[method](lazy, name="w.weight"), EVERY[method](Rows(matrix), name="w.weight"))
+    assert same(EVERY[method](lazy, name="w.weight"), EVERY[method](InMemory(matrix), name="w.weight"))
     assert torch.equal(source.load("w.weight"), matrix)
 
 
 @every_method
-def test_block_size_and_threads_change_nothing(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_block_size_and_threads_change_nothing(
+    method: str, counted_rows: Callable[[Tensor], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     matrix = gaussian(50, 64, torch.bfloat16)
-    whole = EVERY[method](Rows(matrix), name="w")
+    whole = EVERY[method](InMemory(matrix), name="w")
     before = torch.get_num_threads()
     try:
         for rows in (1, 3, 49):
             monkeypatch.setattr(row_blocks, "_CACHE_BYTES", rows * 64 * 4)
             for threads in (1, 4):
                 torch.set_num_threads(threads)
-                source = Rows(matrix)
+                source = counted_rows(matrix)
                 assert same(EVERY[method](source, name="w"), whole)
                 assert source.reads == [2 if "search" in method else 1] * 50
     finally:
@@ -349,13 +334,13 @@ def test_nan_and_infinity_are_errors(method: str, bad: float, row: int, monkeypa
         matrix = gaussian(42, 64, dtype)
         matrix[row, 3] = bad
         with pytest.raises(InvalidModelError, match=rf"^w\.weight: .*NaN or infinity in row {row} "):
-            EVERY[method](Rows(matrix), name="w.weight")
+            EVERY[method](InMemory(matrix), name="w.weight")
 
 
 @every_method
 @pytest.mark.parametrize("shape", [(0, 64), (4, 0), (0, 0)])
 def test_empty_matrices(method: str, shape: tuple[int, int]) -> None:
-    found = EVERY[method](Rows(torch.empty(shape)), name="w")
+    found = EVERY[method](InMemory(torch.empty(shape)), name="w")
     assert codes_of(found)[0].shape == shape
     assert found.dequantized().shape == shape
     assert found.sqnr_db == math.inf
@@ -370,10 +355,10 @@ def test_sqnr(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
         error = (w - found.dequantized().double())[rows]
         return float(10 * torch.log10(w[rows].square().sum() / error.square().sum()))
 
-    found = EVERY[method](Rows(matrix), name="w")
+    found = EVERY[method](InMemory(matrix), name="w")
     assert found.sqnr_db == pytest.approx(exact(found, slice(None)), abs=1e-2)
     monkeypatch.setattr(row_blocks, "_CACHE_BYTES", 2 * 64 * 4)
-    sampled = EVERY[method](Rows(matrix), name="w")
+    sampled = EVERY[method](InMemory(matrix), name="w")
     rows = [row for row in range(256) if row // 2 % 8 == 0]
     assert sampled.sqnr_db == pytest.approx(exact(sampled, rows), abs=1e-2)
     assert sampled.sqnr_db == pytest.approx(found.sqnr_db, abs=1)
@@ -411,16 +396,16 @@ def qconfig(dtype: str, scope: str, act: str | None = None, **weight: Any) -> Li
 def test_recipes_reach_their_methods(config: LinearQConfig, method: str) -> None:
     matrix = gaussian(8, 64, torch.bfloat16).float().pow(3)
     form = layer_form(config)
-    found = quantize_weight(Rows(matrix), config.weight, form, tensor="w", linear="l")
-    assert same(found, EVERY[method](Rows(matrix), name="w"))
+    found = quantize_weight(InMemory(matrix), config.weight, form, tensor="w", linear="l")
+    assert same(found, EVERY[method](InMemory(matrix), name="w"))
 
 
 def test_settings_of_ceil_x_reach_it() -> None:
     matrix = gaussian(8, 64)
     config = qconfig("mxfp4", "per_block", method="ceil_x", ext={"ceil_x_value": 11})
-    found = quantize_weight(Rows(matrix), config.weight, layer_form(config), tensor="w", linear="l")
-    assert same(found, ceil_x_weight(Rows(matrix), name="w", value=11))
+    found = quantize_weight(InMemory(matrix), config.weight, layer_form(config), tensor="w", linear="l")
+    assert same(found, ceil_x_weight(InMemory(matrix), name="w", value=11))
     ext = {"enable_search": True, "search_min": 9, "search_max": 11, "search_step": 1}
     config = qconfig("mxfp4", "per_block", method="ceil_x", ext=ext)
-    found = quantize_weight(Rows(matrix), config.weight, LayerForm(layer_form(config).kind), tensor="w", linear="l")
-    assert same(found, ceil_x_weight(Rows(matrix), name="w", search=[9, 10, 11]))
+    found = quantize_weight(InMemory(matrix), config.weight, LayerForm(layer_form(config).kind), tensor="w", linear="l")
+    assert same(found, ceil_x_weight(InMemory(matrix), name="w", search=[9, 10, 11]))

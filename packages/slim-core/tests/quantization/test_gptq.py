@@ -20,24 +20,14 @@ from slim_core.quantization.methods import gptq_factor, quantize_weight
 from slim_core.quantization.methods.gptq import GptqOptions, Grid, gptq_weight, solve
 from slim_core.quantization.methods.gptq_factor import Factor, factorise
 from slim_core.quantization.methods.minmax import minmax_weight
-from slim_core.quantization.methods.ssz import rounded_weight
+from slim_core.quantization.methods.ssz import ssz_weight
 from slim_core.quantization.statistics import Hessian, InputObserver, InputStatistics, Need
-from slim_core.quantization.weights import QuantizedWeight
+from slim_core.quantization.weights import InMemory, QuantizedWeight
 from slim_core.recipe.qconfig import LinearQConfig, WeightConfig
 
 SCHEMES = [(bits, symmetric, size) for bits in (4, 8) for symmetric in (True, False) for size in (0, 8)]
 OUT, WIDTH = 12, 40
 ORDERS = [True, False]
-
-
-class Rows:
-    """A matrix in memory."""
-
-    def __init__(self, matrix: Tensor) -> None:
-        self.matrix, self.shape = matrix, tuple(matrix.shape)
-
-    def rows(self, start: int, stop: int) -> Tensor:
-        return self.matrix[start:stop]
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -66,7 +56,7 @@ def gptq(
     **options: object,
 ) -> QuantizedWeight:
     return gptq_weight(
-        Rows(matrix),
+        InMemory(matrix),
         hessian,
         bits=bits,
         symmetric=symmetric,
@@ -141,10 +131,10 @@ def test_output_error_is_below_that_of_rounding_to_nearest(
     hessian = observed(x)
     found = gptq(matrix, hessian, bits, symmetric, group_size, actorder=actorder)
     options = {"bits": bits, "symmetric": symmetric, "group_size": group_size, "name": "w"}
-    for other in (minmax_weight(Rows(matrix), **options), rounded_weight(Rows(matrix), **options)):  # pyright: ignore
+    for other in (minmax_weight(InMemory(matrix), **options), ssz_weight(InMemory(matrix), **options)):  # pyright: ignore
         assert loss(matrix, found, x) < 0.6 * loss(matrix, other, x)
     fresh = inputs(seed=seed + 1)[:150] + 0.1 * normal(150, WIDTH, seed=99)
-    assert loss(matrix, found, fresh) < loss(matrix, minmax_weight(Rows(matrix), **options), fresh)  # pyright: ignore
+    assert loss(matrix, found, fresh) < loss(matrix, minmax_weight(InMemory(matrix), **options), fresh)  # pyright: ignore
 
 
 @pytest.mark.parametrize(("bits", "symmetric", "group_size"), SCHEMES)
@@ -281,7 +271,7 @@ def test_without_knowledge_of_the_inputs_the_weight_is_rounded(
 ) -> None:
     matrix = normal(OUT, WIDTH)
     found = gptq(matrix, hessian, bits, symmetric, group_size)
-    plain = rounded_weight(Rows(matrix), bits=bits, symmetric=symmetric, group_size=group_size, name="w")
+    plain = ssz_weight(InMemory(matrix), bits=bits, symmetric=symmetric, group_size=group_size, name="w")
     assert torch.equal(found.codes, plain.codes)
     assert torch.equal(found.scale, plain.scale)
     why = "its inputs were zero in every sample" if hessian is not None and hessian.tokens else "no calibration sample"
@@ -294,7 +284,7 @@ def test_a_matrix_that_is_no_hessian_cannot_be_factorised(caplog: pytest.LogCapt
     wrong[0, 1] = wrong[1, 0] = 50
     matrix = normal(OUT, WIDTH)
     found = gptq(matrix, Hessian(wrong, 3))
-    assert torch.equal(found.codes, rounded_weight(Rows(matrix), bits=4, symmetric=True, name="w").codes)
+    assert torch.equal(found.codes, ssz_weight(InMemory(matrix), bits=4, symmetric=True, name="w").codes)
     assert "a: the second moments of its inputs cannot be factorised" in caplog.text
 
 
@@ -305,7 +295,9 @@ def test_singular_hessians(tokens: int, percdamp: float, caplog: pytest.LogCaptu
     matrix, x = normal(OUT, WIDTH), inputs(tokens)
     hessian = observed(x)
     found = gptq(matrix, hessian, percdamp=percdamp)
-    assert loss(matrix, found, x) < 0.5 * loss(matrix, minmax_weight(Rows(matrix), bits=4, symmetric=True, name="w"), x)
+    assert loss(matrix, found, x) < 0.5 * loss(
+        matrix, minmax_weight(InMemory(matrix), bits=4, symmetric=True, name="w"), x
+    )
     assert ("a: gptq needed a damping of" in caplog.text) == (percdamp < 1e-8)  # the sums are rounded to float32
 
 
@@ -418,7 +410,7 @@ def test_settings_of_the_recipe() -> None:
     seen.update(inputs())
     form = LayerForm(LayerKind.W4A16, 8, symmetric=False)
     found = quantize_weight(
-        Rows(matrix), config(percdamp=0.1, actorder=False), form, tensor="a.weight", linear="a", seen=seen
+        InMemory(matrix), config(percdamp=0.1, actorder=False), form, tensor="a.weight", linear="a", seen=seen
     )
     assert isinstance(found, QuantizedWeight)
     wanted = gptq(matrix, observed(inputs()), 4, False, 8, percdamp=0.1, actorder=False)

@@ -11,7 +11,7 @@ import yaml
 
 from slim_core.errors import SchemaValidateError, UnsupportedError
 from slim_core.processors.linear_quant import LinearQuantConfig
-from slim_core.quantization.kinds import LayerKind, layer_form, layer_kind
+from slim_core.quantization.kinds import LayerKind, layer_form
 from slim_core.recipe import LinearQConfig, load_recipe
 
 
@@ -91,7 +91,8 @@ def test_every_pair(act: str) -> None:
         config = LinearQConfig.model_validate(block(act, weight))
         if kind := LEGAL.get((act, weight)):
             form = layer_form(config)
-            assert form.kind is layer_kind(config) is LayerKind(kind)
+            assert form.kind is LayerKind(kind)
+            assert form.kind.is_microscaling == weight.startswith("mx")
             assert form.symmetric is weight.endswith(" sym")
             assert form.group_size == (32 if "per_group" in weight else 0)
             assert form.outer_block == (64 if "dual_scale" in weight else 0)
@@ -141,7 +142,7 @@ def test_an_illegal_pair_is_refused_when_the_recipe_is_read(tmp_path: Path, act:
 )
 def test_the_pair_suggested_is_the_obvious_one(act: str, weight: str, near: str) -> None:
     with pytest.raises(UnsupportedError) as caught:
-        layer_kind(LinearQConfig.model_validate(block(act, weight)))
+        layer_form(LinearQConfig.model_validate(block(act, weight)))
     assert f"the nearest legal pair is {near} (" in str(caught.value)
 
 
@@ -166,7 +167,7 @@ def test_methods_belong_to_schemes(tmp_path: Path, act: str, weight: str, side: 
 def test_a_sparse_weight_makes_another_kind() -> None:
     qconfig = block("int8 per_tensor asym", "int8 per_channel sym")
     qconfig["weight"] = qconfig["weight"] | {"method": "sparse"}
-    assert layer_kind(LinearQConfig.model_validate(qconfig)) is LayerKind.W8A8S
+    assert layer_form(LinearQConfig.model_validate(qconfig)).kind is LayerKind.W8A8S
 
 
 @pytest.mark.parametrize(
@@ -193,5 +194,5 @@ def test_gptq_has_a_group_size_of_its_own() -> None:
 def test_defaults(tmp_path: Path) -> None:
     config = load_recipe(recipe(tmp_path, {"act": {}, "weight": {}})).spec().process[0]
     assert isinstance(config, LinearQuantConfig)
-    assert layer_kind(config.qconfig) is LayerKind.W8A8
+    assert layer_form(config.qconfig).kind is LayerKind.W8A8
     assert {kind for kind in LayerKind if kind.has_static_input} == {"W8A8", "W8A8S", "W8A8_MIX"}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,34 +17,17 @@ from torch import Tensor
 from slim_core.checkpoint.reader import Checkpoint
 from slim_core.checkpoint.source import LazyTensor
 from slim_core.errors import InvalidModelError
+from slim_core.quantization import row_blocks
 from slim_core.quantization.affine import EPSILON
-from slim_core.quantization.methods import minmax
 from slim_core.quantization.methods.minmax import magnitudes, minmax_weight
 from slim_core.quantization.row_blocks import decibels
-from slim_core.quantization.weights import QuantizedWeight
+from slim_core.quantization.weights import InMemory, QuantizedWeight
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
-class Rows:
-    """A matrix in memory; counts how often each row is read."""
-
-    def __init__(self, matrix: Tensor) -> None:
-        self.matrix = matrix
-        self.reads = [0] * len(matrix)
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return tuple(self.matrix.shape)
-
-    def rows(self, start: int, stop: int) -> Tensor:
-        for row in range(start, stop):
-            self.reads[row] += 1
-        return self.matrix[start:stop]
-
-
 def quantized(matrix: Tensor, *, bits: int = 8, symmetric: bool = True) -> QuantizedWeight:
-    return minmax_weight(Rows(matrix), bits=bits, symmetric=symmetric, name="w.weight")
+    return minmax_weight(InMemory(matrix), bits=bits, symmetric=symmetric, name="w.weight")
 
 
 def naive(matrix: Tensor, bits: int, symmetric: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -167,7 +152,7 @@ def test_empty_matrices(shape: tuple[int, int]) -> None:
 def test_nan_and_infinity_are_errors(
     bad: float, dtype: torch.dtype, symmetric: bool, row: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(minmax, "_BLOCK_BYTES", 4 * 8 * 4)
+    monkeypatch.setattr(row_blocks, "_CACHE_BYTES", 4 * 8 * 4)
     matrix = gaussian(42, 8, dtype)
     matrix[row, 3] = bad
     with pytest.raises(InvalidModelError, match=rf"^w\.weight: .*NaN or infinity in row {row} "):
@@ -175,16 +160,18 @@ def test_nan_and_infinity_are_errors(
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
-def test_block_size_and_threads_change_nothing(symmetric: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_block_size_and_threads_change_nothing(
+    symmetric: bool, counted_rows: Callable[[Tensor], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     matrix = gaussian(50, 16, torch.bfloat16)
     whole = quantized(matrix, symmetric=symmetric)
     before = torch.get_num_threads()
     try:
         for rows in (1, 3, 49, 1000):
-            monkeypatch.setattr(minmax, "_BLOCK_BYTES", rows * 16 * 4)
+            monkeypatch.setattr(row_blocks, "_CACHE_BYTES", rows * 16 * 4)
             for threads in (1, 4):
                 torch.set_num_threads(threads)
-                source = Rows(matrix)
+                source = counted_rows(matrix)
                 found = minmax_weight(source, bits=8, symmetric=symmetric, name="w")
                 assert torch.get_num_threads() == threads
                 assert torch.equal(found.codes, whole.codes)
@@ -207,7 +194,7 @@ def test_sqnr(symmetric: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPat
     matrix = gaussian(256, 64, dtype)
     whole = quantized(matrix, symmetric=symmetric)
     assert whole.sqnr_db == pytest.approx(exact_sqnr(matrix, whole), abs=1e-2)
-    monkeypatch.setattr(minmax, "_BLOCK_BYTES", 2 * 64 * 4)
+    monkeypatch.setattr(row_blocks, "_CACHE_BYTES", 2 * 64 * 4)
     sampled = quantized(matrix, symmetric=symmetric)
     rows = [row for row in range(256) if row // 2 % 8 == 0]
     part = QuantizedWeight(sampled.codes[rows], sampled.scale[rows], sampled.offset[rows], 0.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -22,32 +23,15 @@ from slim_core.quantization.kinds import LayerForm, LayerKind
 from slim_core.quantization.methods import quantize_weight, sparse
 from slim_core.quantization.methods.minmax import minmax_weight
 from slim_core.quantization.methods.sparse import sparse_weight
-from slim_core.quantization.weights import QuantizedWeight
+from slim_core.quantization.weights import InMemory, QuantizedWeight
 from slim_core.recipe import WeightConfig
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 FRACTIONS = [0.0, 0.01, 0.05, 0.1, 0.5, 1.0]
 
 
-class Rows:
-    """A matrix in memory; counts how often each row is read."""
-
-    def __init__(self, matrix: Tensor) -> None:
-        self.matrix = matrix
-        self.reads = [0] * len(matrix)
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return tuple(self.matrix.shape)
-
-    def rows(self, start: int, stop: int) -> Tensor:
-        for row in range(start, stop):
-            self.reads[row] += 1
-        return self.matrix[start:stop]
-
-
 def quantized(matrix: Tensor, **options: Any) -> QuantizedWeight:
-    return sparse_weight(Rows(matrix), name="w.weight", **options)
+    return sparse_weight(InMemory(matrix), name="w.weight", **options)
 
 
 def gaussian(rows: int, columns: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
@@ -126,7 +110,7 @@ def test_protecting_more_is_more_exact_and_less_sparse() -> None:
 @pytest.mark.parametrize("options", [{"fraction": 1.0}, {"use_sigma": True, "sigma_factor": 1e-6}])
 def test_with_everything_protected_it_is_minmax(dtype: torch.dtype, options: dict[str, Any]) -> None:
     matrix = gaussian(8, 96, dtype)
-    plain = minmax_weight(Rows(matrix), bits=8, symmetric=True, name="w")
+    plain = minmax_weight(InMemory(matrix), bits=8, symmetric=True, name="w")
     found = quantized(matrix, **options)
     assert torch.equal(found.codes, plain.codes)
     assert torch.equal(found.scale, plain.scale)
@@ -146,7 +130,7 @@ def entropy(codes: Tensor) -> float:
 def test_codes_have_less_entropy_than_those_of_minmax(seed: int, options: dict[str, Any]) -> None:
     matrix = torch.randn(16, 2048, generator=torch.Generator().manual_seed(seed))
     matrix[:, ::257] *= 4
-    plain = minmax_weight(Rows(matrix), bits=8, symmetric=True, name="w")
+    plain = minmax_weight(InMemory(matrix), bits=8, symmetric=True, name="w")
     assert entropy(quantized(matrix, **options).codes) < entropy(plain.codes) - 1.5
 
 
@@ -191,12 +175,14 @@ def test_nan_and_infinity_are_errors(
 
 
 @pytest.mark.parametrize("use_sigma", [False, True])
-def test_rows_are_read_once_and_blocks_change_nothing(use_sigma: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_are_read_once_and_blocks_change_nothing(
+    use_sigma: bool, counted_rows: Callable[[Tensor], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     matrix = gaussian(50, 16, torch.bfloat16)
     whole = quantized(matrix, use_sigma=use_sigma)
     for rows in (1, 3, 49):
         monkeypatch.setattr(sparse, "rows_per_block", lambda _width, _device, rows=rows: rows)
-        source = Rows(matrix)
+        source = counted_rows(matrix)
         found = sparse_weight(source, use_sigma=use_sigma, name="w")
         assert torch.equal(found.codes, whole.codes)
         assert torch.equal(found.scale, whole.scale)
@@ -236,7 +222,7 @@ def test_a_mapped_file_is_only_read(tmp_path: Path, dtype: torch.dtype) -> None:
 def test_a_recipe_reaches_it(ext: dict[str, Any]) -> None:
     matrix = gaussian(6, 200)
     config = WeightConfig.model_validate({"method": "sparse", "ext": ext})
-    found = quantize_weight(Rows(matrix), config, LayerForm(LayerKind.W8A8S), tensor="w.weight", linear="w")
+    found = quantize_weight(InMemory(matrix), config, LayerForm(LayerKind.W8A8S), tensor="w.weight", linear="w")
     assert torch.equal(found.codes, quantized(matrix, **ext).codes)
     assert torch.equal(found.scale, quantized(matrix, **ext).scale)
 

@@ -21,22 +21,13 @@ from slim_core.quantization.methods import quantize_weight
 from slim_core.quantization.methods import ssz as module
 from slim_core.quantization.methods.gptq import GptqOptions, gptq_weight
 from slim_core.quantization.methods.minmax import minmax_weight
-from slim_core.quantization.methods.ssz import SszOptions, energy, rounded_weight, ssz_weight
+from slim_core.quantization.methods.ssz import SszOptions, ssz_weight
+from slim_core.quantization.row_blocks import energy
 from slim_core.quantization.statistics import InputStatistics, Need
-from slim_core.quantization.weights import QuantizedWeight
+from slim_core.quantization.weights import InMemory, QuantizedWeight
 from slim_core.recipe.qconfig import LinearQConfig, WeightConfig
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-
-
-class Rows:
-    """A matrix in memory."""
-
-    def __init__(self, matrix: Tensor) -> None:
-        self.matrix, self.shape = matrix, tuple(matrix.shape)
-
-    def rows(self, start: int, stop: int) -> Tensor:
-        return self.matrix[start:stop]
 
 
 def weights(kind: str, out: int = 24, width: int = 64, seed: int = 0) -> Tensor:
@@ -51,7 +42,7 @@ def ssz(
     matrix: Tensor, bits: int = 4, group_size: int = 0, importance: Tensor | None = None, steps: int = 50
 ) -> QuantizedWeight:
     return ssz_weight(
-        Rows(matrix), bits=bits, group_size=group_size, steps=steps, name="w.weight", importance=importance
+        InMemory(matrix), bits=bits, group_size=group_size, steps=steps, name="w.weight", importance=importance
     )
 
 
@@ -75,7 +66,7 @@ def test_error_is_never_above_minmax_and_below_it_in_total(
 ) -> None:
     matrix = weights(kind).to(dtype)
     importance = weights("heavy", 1, 64, seed=9).flatten().square().double() if weighted else None
-    plain = minmax_weight(Rows(matrix), bits=bits, symmetric=True, name="w", group_size=group_size)
+    plain = minmax_weight(InMemory(matrix), bits=bits, symmetric=True, name="w", group_size=group_size)
     found = ssz(matrix, bits, group_size, importance)
     before, after = row_errors(matrix, plain, importance), row_errors(matrix, found, importance)
     assert bool((after <= before).all())
@@ -94,8 +85,8 @@ def test_error_is_never_above_minmax_and_below_it_in_total(
 )
 def test_never_above_minmax_whatever_the_weights(values: list[list[float]], bits: int, symmetric: bool) -> None:
     matrix = torch.tensor(values)
-    plain = minmax_weight(Rows(matrix), bits=bits, symmetric=symmetric, name="w")
-    found = rounded_weight(Rows(matrix), bits=bits, symmetric=symmetric, name="w")
+    plain = minmax_weight(InMemory(matrix), bits=bits, symmetric=symmetric, name="w")
+    found = ssz_weight(InMemory(matrix), bits=bits, symmetric=symmetric, name="w")
     assert bool((row_errors(matrix, found) <= row_errors(matrix, plain)).all())
     assert bool((found.scale >= EPSILON).all())
 
@@ -123,13 +114,13 @@ def test_weights_of_inputs_that_were_hardly_seen_are_not_given_up(
     importance[5::64] = seldom
 
     def made(counts: Tensor | None) -> QuantizedWeight:
-        return rounded_weight(
-            Rows(matrix), bits=bits, symmetric=symmetric, group_size=group_size, name="w", importance=counts
+        return ssz_weight(
+            InMemory(matrix), bits=bits, symmetric=symmetric, group_size=group_size, name="w", importance=counts
         )
 
     found, plain = (
         made(importance),
-        minmax_weight(Rows(matrix), bits=bits, symmetric=symmetric, name="w", group_size=group_size),
+        minmax_weight(InMemory(matrix), bits=bits, symmetric=symmetric, name="w", group_size=group_size),
     )
     assert bool((row_errors(matrix, found) <= 2 * row_errors(matrix, plain)).all())
     before, after = row_errors(matrix, plain, importance), row_errors(matrix, found, importance)
@@ -165,7 +156,8 @@ def test_powers_of_two(bits: int, power: int) -> None:
 def test_negation_and_permutation() -> None:
     matrix = weights("gauss", 8, 32)
     found = ssz(matrix)
-    rows, columns = torch.randperm(8), torch.randperm(32)
+    generator = torch.Generator().manual_seed(0)
+    rows, columns = (torch.randperm(size, generator=generator) for size in matrix.shape)
     moved = ssz(matrix[rows][:, columns])
     assert torch.allclose(moved.scale, found.scale[rows], rtol=1e-5)
     assert torch.equal(moved.codes, found.codes[rows][:, columns])
@@ -181,7 +173,7 @@ def test_negation_and_permutation() -> None:
 @pytest.mark.parametrize("bits", [4, 8])
 def test_single_rows_and_columns(shape: tuple[int, int], bits: int) -> None:
     matrix = weights("gauss", *shape)
-    plain = minmax_weight(Rows(matrix), bits=bits, symmetric=True, name="w")
+    plain = minmax_weight(InMemory(matrix), bits=bits, symmetric=True, name="w")
     found = ssz(matrix, bits)
     assert found.scale.shape == (shape[0], 1)
     assert bool((row_errors(matrix, found) <= row_errors(matrix, plain)).all())
@@ -253,7 +245,7 @@ def config(**ext: object) -> WeightConfig:
 
 
 def through_the_recipe(matrix: Tensor, seen: InputStatistics | None, **ext: object) -> QuantizedWeight:
-    found = quantize_weight(Rows(matrix), config(**ext), form(), tensor="a.weight", linear="a", seen=seen)
+    found = quantize_weight(InMemory(matrix), config(**ext), form(), tensor="a.weight", linear="a", seen=seen)
     assert isinstance(found, QuantizedWeight)
     return found
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from slim_core.errors import InvalidModelError, UnsupportedError
-from slim_core.quantization.statistics.tokens import TokenSample, sample_tokens
+from slim_core.quantization.statistics.tokens import TokenSample
 
 
 def activations(count: int, width: int, seed: int) -> Tensor:
@@ -19,6 +20,13 @@ def activations(count: int, width: int, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     sizes = torch.rand(count, 1, generator=generator).pow(-0.7)
     return torch.randn(count, width, generator=generator) * sizes
+
+
+def sample_tokens(batches: Iterable[Tensor], size: int) -> Tensor:
+    sample = TokenSample(size)
+    for batch in batches:
+        sample.update(batch)
+    return sample.tokens()
 
 
 def level(token: Tensor) -> int:

@@ -21,13 +21,9 @@ from slim_core.rotation.matrices import (
     Identity,
     Kronecker,
     Rotation,
-    RotationMode,
-    ShiftedHadamard,
     create_rotation,
     repeated_to,
 )
-
-HADAMARD, SHIFTED = RotationMode.HADAMARD, RotationMode.BLOCK_HADAMARD_SHIFTED
 
 
 def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -42,14 +38,11 @@ EXAMPLES: list[Rotation] = [
     Identity(7),
     Hadamard(20),
     Hadamard(344),
-    create_rotation(HADAMARD, 96, 32),
-    create_rotation(HADAMARD, 12, 1),
-    create_rotation(SHIFTED, 96),
-    create_rotation(SHIFTED, 128, 64, rot_step=2, eye_step=(1,)),
-    create_rotation(SHIFTED, 48, 16, rot_step=3),
+    create_rotation(96, 32),
+    create_rotation(12, 1),
     Kronecker(Hadamard(12), Hadamard(8)),
     Kronecker(Hadamard(8), Identity(3)),
-    Concatenated((Hadamard(32), Identity(5), ShiftedHadamard(64))),
+    Concatenated((Hadamard(32), Identity(5), Hadamard(64))),
     repeated_to(Concatenated((Identity(4), Hadamard(8))), 36),
     DenseRotation(orthogonal(9)),
     DenseRotation(orthogonal(9).float()),
@@ -98,7 +91,7 @@ def test_an_axis_of_another_length(rotation: Rotation) -> None:
 
 @pytest.mark.parametrize("n", [4096, 5120, 1536])
 def test_a_full_hadamard_spreads_one_channel_evenly(n: int) -> None:
-    rotation = create_rotation(HADAMARD, n)
+    rotation = create_rotation(n)
     x = torch.zeros(1, n, dtype=torch.float64)
     x[0, n // 3] = -80.0
     assert torch.allclose(rotation.right(x).abs(), torch.full_like(x, 80 / math.sqrt(n)), rtol=1e-14)
@@ -127,12 +120,11 @@ def test_the_same_matrix_on_every_machine(n: int) -> None:
 def test_the_global_generator_is_left_alone() -> None:
     torch.manual_seed(7)
     state = torch.get_rng_state()
-    first = [create_rotation(mode, 160, 32).dense() for mode in (HADAMARD, SHIFTED)]
-    first.append(Hadamard(160, seed=99_991).dense())  # a seed whose signs were not asked for before
+    first = create_rotation(160, 32).dense()
+    Hadamard(160, seed=99_991).dense()  # a seed whose signs were not asked for before
     assert torch.equal(torch.get_rng_state(), state)
     torch.manual_seed(8)
-    again = [create_rotation(mode, 160, 32).dense() for mode in (HADAMARD, SHIFTED)]
-    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=False))
+    assert torch.equal(create_rotation(160, 32).dense(), first)
 
 
 def test_seeds_differ() -> None:
@@ -143,40 +135,9 @@ def test_seeds_differ() -> None:
 def test_a_block_is_repeated(sizes: tuple[int, int]) -> None:
     n, block = sizes
     one = Hadamard(block).dense()
-    rotation = create_rotation(HADAMARD, n, block)
+    rotation = create_rotation(n, block)
     assert torch.allclose(rotation.dense(), torch.block_diag(*[one] * (n // block)), atol=1e-14)
     assert bool(((rotation.dense() != 0).sum(1) == block).all())
-
-
-def shifted(n: int, block: int, step: int, eye: tuple[int, ...]) -> Tensor:
-    """From matrices, as the definition has it."""
-    blocks = [torch.eye(block).double() if i in eye else Hadamard(block).dense() for i in range(n // block)]
-    b = torch.block_diag(*blocks)
-    p = torch.zeros(n, n, dtype=torch.float64)
-    for column in range(n):
-        p[(column - 16) % n, column] = 1.0
-    products: dict[int, Callable[[], Tensor]] = {
-        1: lambda: b @ p @ b,
-        2: lambda: b @ p @ b @ p.T @ b.T,
-        3: lambda: b @ p @ b @ p.T @ b.T @ p @ b @ p.T @ b.T,
-    }
-    return products[step]()
-
-
-@pytest.mark.parametrize("step", [1, 2, 3])
-@pytest.mark.parametrize(
-    ("n", "block", "eye"), [(128, 32, ()), (128, 32, (0, 3)), (96, 48, (1,)), (16, 8, ()), (8, 8, ())]
-)
-def test_shifted_blocks(n: int, block: int, eye: tuple[int, ...], step: int) -> None:
-    rotation = create_rotation(SHIFTED, n, block, rot_step=step, eye_step=eye)
-    assert torch.allclose(rotation.dense(), shifted(n, block, step, eye), atol=1e-12)
-    assert orthogonality_error(rotation) <= 1e-12
-
-
-def test_a_shifted_rotation_mixes_two_blocks() -> None:
-    nonzero = (create_rotation(SHIFTED, 256).dense().abs() > 1e-12).sum(1)
-    assert bool((nonzero > 32).all())
-    assert bool((nonzero <= 64).all())
 
 
 def test_parts_and_products() -> None:
@@ -214,17 +175,11 @@ def test_a_norm_without_weight_commutes(rotation: Rotation, seed: int) -> None:
 
 
 REFUSED: list[tuple[Callable[[], object], str]] = [
-    (lambda: create_rotation(HADAMARD, 128, 256), "a block size of 256 does not divide 128"),
-    (lambda: create_rotation(HADAMARD, 80, 32), "a block size of 32 does not divide 80"),
-    (lambda: create_rotation(HADAMARD, 80, 0), "a block size of 0 does not divide 80"),
-    (lambda: create_rotation(HADAMARD, 80, -2), "a block size of -2 does not divide 80"),
-    (lambda: create_rotation(SHIFTED, 80), "a block size of 32 does not divide 80"),
-    (lambda: create_rotation(SHIFTED, 128, 256), "a block size of 256 does not divide 128"),
-    (lambda: create_rotation(SHIFTED, 128, rot_step=4), "rot_step is 1, 2 or 3, not 4"),
-    (lambda: create_rotation(SHIFTED, 128, eye_step=(4,)), "eye_step names block 4; there are 4"),
-    (lambda: create_rotation(SHIFTED, 128, eye_step=(-1,)), "eye_step names block -1"),
-    (lambda: create_rotation(HADAMARD, 92), "no Hadamard matrix of order 92"),
-    (lambda: create_rotation(SHIFTED, 184, 92), "no Hadamard matrix of order 92"),
+    (lambda: create_rotation(128, 256), "a block size of 256 does not divide 128"),
+    (lambda: create_rotation(80, 32), "a block size of 32 does not divide 80"),
+    (lambda: create_rotation(80, 0), "a block size of 0 does not divide 80"),
+    (lambda: create_rotation(80, -2), "a block size of -2 does not divide 80"),
+    (lambda: create_rotation(92), "no Hadamard matrix of order 92"),
     (lambda: DenseRotation(torch.ones(2, 3)), r"square matrix, not of shape \[2, 3\]"),
     (lambda: DenseRotation(torch.ones(4)), r"square matrix, not of shape \[4\]"),
     (lambda: DenseRotation(torch.eye(4) * 1.001), "the matrix is not orthogonal: R R.T differs .* by 2.0e-03"),
@@ -239,12 +194,9 @@ def test_refused_before_anything_is_touched(make: Callable[[], object], message:
 
 
 def test_rotations_are_values() -> None:
-    assert create_rotation(HADAMARD, 64, 64) == create_rotation(HADAMARD, 64) == Hadamard(64)
-    assert create_rotation(HADAMARD, 64, 32) != create_rotation(HADAMARD, 64)
-    assert len({create_rotation(SHIFTED, 64), create_rotation(SHIFTED, 64, 32), create_rotation(SHIFTED, 64, 16)}) == 2
-    assert str(create_rotation(HADAMARD, 64, 32)) == (
-        "Kronecker(outer=Identity(length=2), inner=Hadamard(order=32, seed=1234))"
-    )
+    assert create_rotation(64, 64) == create_rotation(64) == Hadamard(64)
+    assert create_rotation(64, 32) != create_rotation(64)
+    assert str(create_rotation(64, 32)) == ("Kronecker(outer=Identity(length=2), inner=Hadamard(order=32, seed=1234))")
     one, same, other = (
         DenseRotation(orthogonal(6)),
         DenseRotation(orthogonal(6).clone()),

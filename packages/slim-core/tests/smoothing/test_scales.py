@@ -18,6 +18,7 @@ from slim_core.model.skeleton import parameters_on_meta
 from slim_core.model.subgraphs import Subgraph
 from slim_core.model.units import Addition, StreamedModel
 from slim_core.model.weights import Edit, UnitWeights
+from slim_core.quantization.weights import InMemory
 from slim_core.smoothing.scales import FLOOR, Smoothing, column_maxima, edits_of, power_scale
 
 POSITIVE = st.floats(2.0**-10, 2.0**10, width=32)
@@ -49,19 +50,10 @@ def test_scales_are_bounded() -> None:
     assert float(power_scale(act, weight, 0.9, 0.1, floor=0.5)[1]) == 0.5
 
 
-class Rows:
-    def __init__(self, matrix: Tensor) -> None:
-        self.matrix = matrix
-        self.shape = tuple(matrix.shape)
-
-    def rows(self, start: int, stop: int) -> Tensor:
-        return self.matrix[start:stop]
-
-
 def test_column_maxima_are_of_absolute_values_over_all_readers() -> None:
     one, other = torch.tensor([[-4.0, 1.0], [-2.0, 0.5]]), torch.tensor([[3.0, -5.0]])
-    assert column_maxima([Rows(one), Rows(other)]).tolist() == [4.0, 5.0]
-    assert torch.equal(column_maxima([Rows(-one)]), column_maxima([Rows(one)]))
+    assert column_maxima([InMemory(one), InMemory(other)]).tolist() == [4.0, 5.0]
+    assert torch.equal(column_maxima([InMemory(-one)]), column_maxima([InMemory(one)]))
 
 
 class Norm(nn.Module):

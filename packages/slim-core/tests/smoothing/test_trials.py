@@ -12,6 +12,7 @@ from slim_core.quantization.building import build_layer
 from slim_core.quantization.kinds import layer_form
 from slim_core.quantization.methods import quantize_weight
 from slim_core.quantization.statistics import InputStatistics, Need
+from slim_core.quantization.weights import InMemory
 from slim_core.recipe import LinearQConfig
 from slim_core.smoothing.trials import act_quantizer, weight_quantizer
 
@@ -65,14 +66,6 @@ def weights() -> Tensor:
     return torch.randn(24, WIDTH, generator=generator) * 0.05
 
 
-class Rows:
-    def __init__(self, matrix: Tensor) -> None:
-        self.matrix, self.shape = matrix, tuple(matrix.shape)
-
-    def rows(self, start: int, stop: int) -> Tensor:
-        return self.matrix[start:stop]
-
-
 @pytest.mark.parametrize("name", RECIPES)
 def test_products_are_those_of_the_layer(name: str) -> None:
     act, weight = RECIPES[name]
@@ -87,7 +80,9 @@ def test_products_are_those_of_the_layer(name: str) -> None:
     tried = torch.bmm(acts, trial(w * scales.unsqueeze(1), scales).mT)
     for scale, found in zip(scales, tried, strict=True):
         scaled = seen.rescaled(scale)
-        quantized = quantize_weight(Rows(w * scale), config.weight, form, tensor="layer", linear="layer", seen=scaled)
+        quantized = quantize_weight(
+            InMemory(w * scale), config.weight, form, tensor="layer", linear="layer", seen=scaled
+        )
         layer = build_layer(form, quantized, config.act, seen=scaled, bias=None, name="layer", dtype=torch.bfloat16)
         wanted = layer.simulate(x / scale).float()
         # quant_bias of a static layer is rounded to a whole number of deq_scale.

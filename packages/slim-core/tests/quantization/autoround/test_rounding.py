@@ -21,17 +21,9 @@ from slim_core.quantization.autoround.rounding import (
     scale_and_offset,
 )
 from slim_core.quantization.methods.minmax import minmax_weight
+from slim_core.quantization.weights import InMemory
 
 GRIDS = [WeightGrid(bits, symmetric) for bits in (4, 8) for symmetric in (True, False)]
-
-
-class Rows:
-    def __init__(self, matrix: Tensor) -> None:
-        self.matrix = matrix
-        self.shape = tuple(matrix.shape)
-
-    def rows(self, start: int, stop: int) -> Tensor:
-        return self.matrix[start:stop]
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -83,7 +75,7 @@ def test_equals_naive_float64(grid: WeightGrid, shape: tuple[int, int, int]) -> 
 )
 def test_untouched_it_is_minmax(values: list[float], grid: WeightGrid, group_size: int) -> None:
     matrix = torch.tensor(values).reshape(2, 6)
-    found = minmax_weight(Rows(matrix), bits=grid.bits, symmetric=grid.symmetric, name="w", group_size=group_size)
+    found = minmax_weight(InMemory(matrix), bits=grid.bits, symmetric=grid.symmetric, name="w", group_size=group_size)
     weight = by_groups(matrix, 6 // group_size if group_size else 1)
     span = extremes(weight)
     scale, offset = scale_and_offset(span, grid)

@@ -21,18 +21,9 @@ from slim_core.quantization.autoround.training import Outcome, TrainingOptions, 
 from slim_core.quantization.autoround.tuned import TunedLinear, TunedWeight
 from slim_core.quantization.methods.minmax import minmax_weight
 from slim_core.quantization.methods.ssz import ssz_weight
-from slim_core.quantization.weights import QuantizedWeight
+from slim_core.quantization.weights import InMemory, QuantizedWeight
 
 WIDTH, HIDDEN = 24, 40
-
-
-class Rows:
-    def __init__(self, matrix: Tensor) -> None:
-        self.matrix = matrix
-        self.shape = tuple(matrix.shape)
-
-    def rows(self, start: int, stop: int) -> Tensor:
-        return self.matrix[start:stop]
 
 
 class Mlp(nn.Module):
@@ -121,7 +112,7 @@ def by_method(block: Block, method: Any, group_size: int = 0) -> dict[str, Quant
     made: dict[str, QuantizedWeight] = {}
     for name in NAMES:
         weight: Any = block.module.get_submodule(name).weight
-        made[name] = method(Rows(weight.data), bits=4, name=name, group_size=group_size)
+        made[name] = method(InMemory(weight.data), bits=4, name=name, group_size=group_size)
     return made
 
 
@@ -151,7 +142,9 @@ def test_never_worse_than_it_began(seed: int, bits: int, symmetric: bool, lr: fl
     block = Block(seed, samples=3, tokens=4)
     outcome, weights = learned(block, grid=WeightGrid(bits, symmetric), iters=2, lr=lr, minmax_lr=lr)
     plain = {
-        name: minmax_weight(Rows(getattr(block.module, name).weight.data), bits=bits, symmetric=symmetric, name=name)
+        name: minmax_weight(
+            InMemory(getattr(block.module, name).weight.data), bits=bits, symmetric=symmetric, name=name
+        )
         for name in NAMES
     }
     assert outcome.best <= outcome.start <= outcome.nearest
@@ -216,7 +209,7 @@ def test_a_linear_that_nothing_reaches_is_rounded_to_nearest() -> None:
     block = Block()
     outcome, weights = learned(block, names=(*NAMES, "idle"))
     assert outcome.unseen == ("idle",)
-    plain = nearest(Rows(block.module.idle.weight.data), bits=4, name="idle")
+    plain = nearest(InMemory(block.module.idle.weight.data), bits=4, name="idle")
     assert torch.equal(weights["idle"].codes, plain.codes)
     assert torch.equal(weights["idle"].scale, plain.scale)
 

@@ -24,19 +24,11 @@ from slim_core.quantization.kinds import LayerForm, LayerKind
 from slim_core.quantization.layers import StaticInt8
 from slim_core.quantization.methods.ssz import ssz_weight
 from slim_core.quantization.statistics import InputStatistics, observe_range
+from slim_core.quantization.weights import InMemory
 from slim_core.recipe.qconfig import ActConfig
 
 FOUR, EIGHT = WeightGrid(4), WeightGrid(8)
 GRIDS = [WeightGrid(bits, symmetric) for bits in (4, 8) for symmetric in (True, False)]
-
-
-class Rows:
-    def __init__(self, matrix: Tensor) -> None:
-        self.matrix = matrix
-        self.shape = tuple(matrix.shape)
-
-    def rows(self, start: int, stop: int) -> Tensor:
-        return self.matrix[start:stop]
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -278,7 +270,7 @@ def test_the_searched_start_is_that_of_ssz() -> None:
     one = tuned(weight)
     one.restart(*searched_factors(one.exact, one.span, one.grid, torch.ones(32), 0))
     one.keep()
-    found, want = one.best(), ssz_weight(Rows(weight), bits=4, name="w")
+    found, want = one.best(), ssz_weight(InMemory(weight), bits=4, name="w")
     assert torch.allclose(found.scale, want.scale, rtol=1e-6)
     assert float((found.codes != want.codes).float().mean()) < 0.01  # ties that the last bit of a scale decides
 

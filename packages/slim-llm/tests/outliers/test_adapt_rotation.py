@@ -24,11 +24,13 @@ from slim_core.recipe import recipe_from_dict
 from slim_core.rotation.matrices import Hadamard
 from slim_core.rotation.procrustes import fake_quantize
 from slim_core.runners.plan_text import render_summary
-from slim_core.service import EvalRequest, QuantRequest
+from slim_core.service import QuantRequest
 from slim_llm.service import LlmService
 
 ModelFolder = Callable[..., Path]
 Quantize = Callable[..., Any]
+Stranger = Any  # of conftest.py
+EXAMPLE = Path(__file__).parents[4] / "examples" / "tiny-qwen3"
 FIRST: dict[str, Any] = {"type": "adapt_rotation", "stage": 1, "steps": 6}
 SECOND: dict[str, Any] = {"type": "adapt_rotation", "stage": 2}
 DYNAMIC = {
@@ -51,19 +53,13 @@ def prior(stage: dict[str, Any] | None = None, **options: Any) -> list[dict[str,
     return [{"process": [stage or FIRST], **options}]
 
 
-def content(folder: Path) -> dict[str, bytes]:
-    skipped = ("report.json", "report.html")
-    paths = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name not in skipped)
-    return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
-
-
 def exported(folder: Path) -> Tensor:
     return load_file(folder / "optional" / "quarot.safetensors")["global_rotation"].double()
 
 
 @pytest.mark.parametrize("family", ["qwen2", "qwen3_moe", "deepseek_v3"])
 def test_the_model_computes_the_same(
-    model_folder: ModelFolder, quantize: Quantize, tmp_path: Path, family: str
+    stranger: Stranger, model_folder: ModelFolder, quantize: Quantize, tmp_path: Path, family: str
 ) -> None:
     folder = model_folder(family, torch.float32)
     result = quantize(folder, tmp_path / "out", prior=prior(), process=[SECOND])
@@ -71,10 +67,8 @@ def test_the_model_computes_the_same(
     assert result.block_forwards == 0
     rotation = exported(tmp_path / "out")
     assert torch.allclose(rotation @ rotation.T, torch.eye(32).double(), atol=1e-6)
-    text = tmp_path / "text.txt"
-    text.write_text("A generator is a function that returns an iterator. " * 20)
-    request = EvalRequest(model_path=folder, quantized=tmp_path / "out", text=text, device="cpu", sequence_length=32)
-    scores = LlmService().evaluate(request, SilentProgress())
+    text = "A generator is a function that returns an iterator. " * 20
+    scores = stranger.scores(folder, tmp_path / "out", text, sequence_length=32)
     assert scores.kl_divergence is not None
     assert scores.kl_divergence < 1e-6
     verification = verify_folder(tmp_path / "out", folder)
@@ -170,12 +164,14 @@ def test_both_stages_have_their_own_calibration_set(
     assert sum(abs(found[name] / scale - 1) > 1e-2 for name, (scale, _) in wrong.items()) > len(found) / 2
 
 
-def test_the_same_rotation_every_time(model_folder: ModelFolder, quantize: Quantize, tmp_path: Path) -> None:
+def test_the_same_rotation_every_time(
+    stranger: Stranger, model_folder: ModelFolder, quantize: Quantize, tmp_path: Path
+) -> None:
     folder, state = model_folder("qwen2"), torch.get_rng_state()
     for name in ("a", "b"):
         quantize(folder, tmp_path / name, prior=prior(), process=[SECOND, DYNAMIC])
     assert torch.equal(torch.get_rng_state(), state)
-    assert content(tmp_path / "a") == content(tmp_path / "b")
+    assert stranger.content(tmp_path / "a") == stranger.content(tmp_path / "b")
 
 
 def fail_at(monkeypatch: pytest.MonkeyPatch, unit: str) -> None:
@@ -191,7 +187,12 @@ def fail_at(monkeypatch: pytest.MonkeyPatch, unit: str) -> None:
 
 @pytest.mark.parametrize("unit", ["prologue", "model.layers.1"])
 def test_what_was_learned_is_not_learned_again(
-    model_folder: ModelFolder, quantize: Quantize, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unit: str
+    stranger: Stranger,
+    model_folder: ModelFolder,
+    quantize: Quantize,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    unit: str,
 ) -> None:
     model, recipe = model_folder("qwen2"), {"prior": prior(), "process": [SECOND, DYNAMIC]}
     quantize(model, tmp_path / "whole", **recipe)
@@ -201,11 +202,11 @@ def test_what_was_learned_is_not_learned_again(
             quantize(model, tmp_path / "out", **recipe)
     result = quantize(model, tmp_path / "out", resume=True, **recipe)
     assert result.stage_forwards == 0
-    assert content(tmp_path / "out") == content(tmp_path / "whole")
+    assert stranger.content(tmp_path / "out") == stranger.content(tmp_path / "whole")
 
 
 def test_a_broken_note_of_what_was_learned(
-    model_folder: ModelFolder, quantize: Quantize, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    stranger: Stranger, model_folder: ModelFolder, quantize: Quantize, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, recipe = model_folder("qwen2"), {"prior": prior(), "process": [SECOND, DYNAMIC]}
     quantize(model, tmp_path / "whole", **recipe)
@@ -216,7 +217,7 @@ def test_a_broken_note_of_what_was_learned(
     (note,) = tmp_path.glob(".out*/learned.safetensors")
     note.write_bytes(note.read_bytes()[:100])
     assert quantize(model, tmp_path / "out", resume=True, **recipe).stage_forwards == 15
-    assert content(tmp_path / "out") == content(tmp_path / "whole")
+    assert stranger.content(tmp_path / "out") == stranger.content(tmp_path / "whole")
 
 
 def test_other_data_is_another_run(
@@ -268,7 +269,9 @@ def test_the_plan_tells_of_the_stage(model_folder: ModelFolder, dataset: Path, t
     assert not (tmp_path / "o").exists()
 
 
-def test_the_recipe_as_run_can_be_run_again(model_folder: ModelFolder, quantize: Quantize, tmp_path: Path) -> None:
+def test_the_recipe_as_run_can_be_run_again(
+    stranger: Stranger, model_folder: ModelFolder, quantize: Quantize, tmp_path: Path
+) -> None:
     """The effective recipe spells out the fields of each stage and of no other."""
     import yaml
 
@@ -288,7 +291,7 @@ def test_the_recipe_as_run_can_be_run_again(model_folder: ModelFolder, quantize:
         recipe_from_dict(recipe),
         SilentProgress(),
     )
-    assert content(tmp_path / "out") == content(tmp_path / "again")
+    assert stranger.content(tmp_path / "out") == stranger.content(tmp_path / "again")
 
 
 def test_with_rotations_at_run_time(
@@ -328,3 +331,22 @@ def test_the_recipe_of_laos(naive: ModuleType, model_folder: ModelFolder, quanti
     assert set(kinds.values()) == {"W4A4_DYNAMIC", "W8A8_DYNAMIC"}
     verification = verify_folder(tmp_path / "out", model_folder("qwen3"))
     assert verification.ok, verification.text()
+
+
+def test_the_recipe_of_laos_wins_back_what_four_bits_cost(
+    stranger: Stranger, quantize: Quantize, tmp_path: Path
+) -> None:
+    """The shipped model, activations of four bits everywhere but in front of down_proj: unusable without a rotation."""
+
+    def scheme(bits: str) -> dict[str, Any]:
+        return {"act": LAOS_ACT | {"dtype": bits}, "weight": LAOS_WEIGHT | {"dtype": bits}}
+
+    strategies = [{"qconfig": scheme("int4"), "exclude": ["*.down_proj"]}, {"qconfig": scheme("int8")}]
+    rounding = {"type": "autoround_quant", "iters": 4, "strategies": strategies}
+    quantize(EXAMPLE, tmp_path / "plain", process=[rounding])
+    quantize(EXAMPLE, tmp_path / "laos", prior=prior(), process=[SECOND, rounding])
+    size = json.loads((EXAMPLE / "config.json").read_text())["hidden_size"]
+    assert not torch.allclose(exported(tmp_path / "laos"), Hadamard(size).dense(), atol=0.01)  # it was learned
+    text = (EXAMPLE.parent / "heldout.txt").read_text()[:1500]
+    plain, laos = (stranger.scores(EXAMPLE, tmp_path / name, text).kl_divergence for name in ("plain", "laos"))
+    assert laos < 0.05 * plain

@@ -12,14 +12,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
 from slim_core.evaluation.verify import verify_folder
-from slim_core.progress import SilentProgress
 from slim_core.runners.run import RunResult
 from slim_core.runners.unit_run import UnitRun
-from slim_core.service import EvalRequest
-from slim_llm.service import LlmService
 
 BLOCKS, SAMPLES = 3, 5
 INT8: dict[str, Any] = {"dtype": "int8", "scope": "per_channel", "symmetric": True, "method": "minmax"}
@@ -45,46 +41,18 @@ SUBGRAPHS = {
 }
 ModelFolder = Callable[..., Path]
 Quantize = Callable[..., RunResult]
-
-
-@pytest.fixture(autouse=True)
-def _no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Drawing takes longer than all the rest."""
-    monkeypatch.setattr("slim_core.evaluation.report.draw_plots", lambda _data: {})
-
-
-def tensors_of(folder: Path) -> dict[str, Tensor]:
-    found: dict[str, Tensor] = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        found |= load_file(file)
-    return found
-
-
-def as_model(model: Path, written: Path, folder: Path) -> Path:
-    """A copy of a model with the float tensors of an output folder."""
-    shutil.copytree(model, folder, ignore=shutil.ignore_patterns("*.safetensors*"))
-    save_file(tensors_of(written), folder / "model.safetensors", {"format": "pt"})
-    return folder
-
-
-def logits(folder: Path, ids: list[list[int]]) -> list[Tensor]:
-    net = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    with torch.no_grad():
-        return [net(input_ids=torch.tensor([each]), use_cache=False).logits for each in ids]
-
-
-def far(want: list[Tensor], got: list[Tensor]) -> float:
-    """The largest difference, relative to the largest value."""
-    return max(float((b - a).abs().max() / a.abs().max()) for a, b in zip(want, got, strict=True))
+Stranger = Any  # of conftest.py
 
 
 @pytest.fixture(scope="module")
-def exact_logits(model_folder: ModelFolder, token_ids: list[list[int]]) -> Callable[[str], list[Tensor]]:
+def exact_logits(
+    stranger: Stranger, model_folder: ModelFolder, token_ids: list[list[int]]
+) -> Callable[[str], list[Tensor]]:
     known: dict[str, list[Tensor]] = {}
 
     def of(family: str) -> list[Tensor]:
         if family not in known:
-            known[family] = logits(model_folder(family, torch.float32), token_ids)
+            known[family] = stranger.logits(stranger.opened(model_folder(family, torch.float32)), token_ids)
         return known[family]
 
     return of
@@ -93,6 +61,7 @@ def exact_logits(model_folder: ModelFolder, token_ids: list[list[int]]) -> Calla
 @pytest.mark.parametrize("smoother", SMOOTHERS)
 @pytest.mark.parametrize("family", SUBGRAPHS)
 def test_the_smoothed_model_computes_the_same(
+    stranger: Stranger,
     model_folder: ModelFolder,
     quantize: Quantize,
     token_ids: list[list[int]],
@@ -109,14 +78,14 @@ def test_the_smoothed_model_computes_the_same(
     done = [note for note in result.smoothed if note.skipped is None]
     assert len(done) > 0.7 * len(result.smoothed)
     assert all((note.error_after or 0) <= (note.error_before or 0) for note in done)
-    before, after = tensors_of(model), tensors_of(tmp_path / "out")
+    before, after = stranger.tensors(model), stranger.tensors(tmp_path / "out")
     assert before.keys() | {"lm_head.weight"} == after.keys() | {"lm_head.weight"}  # a tied head is written
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     moved = {name for note in done if note.scale_min != note.scale_max for name in (note.source, *note.targets)}
     assert changed <= {f"{name}.{part}" for name in moved for part in ("weight", "bias")}
     assert len(changed) >= 0.6 * len(moved)
-    want, got = exact_logits(family), logits(as_model(model, tmp_path / "out", tmp_path / "model"), token_ids)
-    assert 0 < far(want, got) <= 1e-4
+    want, got = exact_logits(family), stranger.logits(stranger.opened(tmp_path / "out"), token_ids)
+    assert 0 < stranger.far(want, got) <= 1e-4
     assert not verify_folder(tmp_path / "out", model).problems
 
 
@@ -124,15 +93,15 @@ def test_the_smoothed_model_computes_the_same(
     ("family", "smoother"), [("deepseek_v3", "flex_smooth_quant"), ("qwen2", "flex_awq_ssz"), ("qwen2", "awq")]
 )
 def test_static_scales_are_those_of_the_smoothed_model(
-    model_folder: ModelFolder, quantize: Quantize, tmp_path: Path, family: str, smoother: str
+    stranger: Stranger, model_folder: ModelFolder, quantize: Quantize, tmp_path: Path, family: str, smoother: str
 ) -> None:
     """One run that smooths and quantizes writes what two runs write, one after the other."""
     model = model_folder(family, torch.float32)
     result = quantize(model, tmp_path / "one", process=[SMOOTHERS[smoother], STATIC])
     assert result.block_forwards == BLOCKS * SAMPLES
     quantize(model, tmp_path / "smooth", process=[SMOOTHERS[smoother]])
-    quantize(as_model(model, tmp_path / "smooth", tmp_path / "model"), tmp_path / "two", process=[STATIC])
-    one, two = tensors_of(tmp_path / "one"), tensors_of(tmp_path / "two")
+    quantize(stranger.as_model(tmp_path / "smooth"), tmp_path / "two", process=[STATIC])
+    one, two = stranger.tensors(tmp_path / "one"), stranger.tensors(tmp_path / "two")
     assert one.keys() == two.keys()
     for name, value in one.items():
         if value.dtype == torch.int8:  # the rounding of float32 now and then moves a code to its neighbour
@@ -167,18 +136,15 @@ def planted(model: Path, folder: Path) -> Path:
 
 @pytest.mark.parametrize("rule", [STATIC, W4A8], ids=["w8a8", "w4a8"])
 def test_outliers_cost_little_once_they_are_moved(
-    model_folder: ModelFolder, quantize: Quantize, tmp_path: Path, rule: dict[str, Any]
+    stranger: Stranger, model_folder: ModelFolder, quantize: Quantize, tmp_path: Path, rule: dict[str, Any]
 ) -> None:
     model = planted(model_folder("llama", torch.float32), tmp_path / "model")
-    text = tmp_path / "text.txt"
-    text.write_text("A generator is a function that returns an iterator. " * 8)
+    text = "A generator is a function that returns an iterator. " * 8
 
     def divergence(name: str, *process: dict[str, Any]) -> float:
         quantize(model, tmp_path / name, process=[*process, rule])
-        asked = EvalRequest(
-            model_path=model, text=text, quantized=tmp_path / name, device="cpu", sequence_length=24, max_windows=4
-        )
-        return float(LlmService().evaluate(asked, SilentProgress()).kl_divergence or 0)
+        scores = stranger.scores(model, tmp_path / name, text, sequence_length=24, max_windows=4)
+        return float(scores.kl_divergence or 0)
 
     plain = divergence("plain")
     matching = SMOOTHERS["flex_awq_ssz"] | {"qconfig": rule["qconfig"]}
@@ -214,12 +180,17 @@ def test_a_recipe_for_experts(model_folder: ModelFolder, quantize: Quantize, tmp
 
 
 def test_experts_without_tokens_stay_as_they_are(
-    model_folder: ModelFolder, quantize: Quantize, dataset: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    stranger: Stranger,
+    model_folder: ModelFolder,
+    quantize: Quantize,
+    dataset: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     model = model_folder("deepseek_v3", torch.float32)
     data = {"path": str(dataset), "max_length": 1, "num_samples": 1}
     result = quantize(model, tmp_path / "out", process=[SMOOTHERS["flex_smooth_quant"]], dataset=data)
-    before, after = tensors_of(model), tensors_of(tmp_path / "out")
+    before, after = stranger.tensors(model), stranger.tensors(tmp_path / "out")
     skipped = [note.source for note in result.smoothed if note.skipped is not None]
     assert len(skipped) == 2 * 4  # one token goes to four of eight
     assert all(
