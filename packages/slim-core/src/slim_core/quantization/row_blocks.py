@@ -15,7 +15,7 @@ __all__ = ["decibels", "energy", "for_each_block", "on_one_thread", "rows_per_bl
 
 _T = TypeVar("_T")
 _linalg: Any = torch.linalg  # its members have no types
-_CACHE_BYTES = 1 << 20
+_CACHE_BYTES = 1 << 21
 _DEVICE_BYTES = 1 << 26
 
 

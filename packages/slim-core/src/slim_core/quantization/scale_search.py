@@ -231,7 +231,7 @@ def search_matrix(
         weights = grouped(relative.float().to(device).unsqueeze(0), group_size)
     options: dict[str, Any] = {"bits": bits, "symmetric": symmetric, "steps": steps, "thorough": thorough}
     options["plain_bound"] = plain_bound
-    block = max(1, rows_per_block(width, device) // 2)  # the search keeps four such blocks in the cache
+    block = rows_per_block(width, device)
 
     def work(start: int) -> None:
         rows = grouped(matrix[start : start + block].to(device=device, dtype=torch.float32), group_size)
