@@ -22,6 +22,7 @@ from slim_core.errors import UnsupportedError
 from slim_core.model.linears import keep_float
 from slim_core.model.skeleton import named_modules
 from slim_llm.models.expert_stacks import Biases, Matrices, Stack, run_expert_by_expert
+from slim_llm.models.row_sums import QuickRowSums
 
 __all__ = ["ExpertsApart", "Spelling", "experts_apart", "find_experts", "take_experts_apart"]
 
@@ -182,7 +183,8 @@ def _class_apart(cls: type[nn.Module], *, swapped: bool) -> type[nn.Module]:
     written: Callable[..., Any] = getattr(cls.forward, "__wrapped__", cls.forward) if swapped else cls.forward
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return written(self, *args, **kwargs)
+        with QuickRowSums():
+            return written(self, *args, **kwargs)
 
     def forward_in_turn(self: Any, hidden_states: Tensor) -> Tensor:
         return run_expert_by_expert(self, written, self.apart.count, hidden_states)
