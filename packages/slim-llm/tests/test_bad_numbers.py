@@ -83,7 +83,7 @@ BLIND: dict[str, list[dict[str, Any]]] = {
 def quantize(model: Path, out: Path, process: list[dict[str, Any]], dataset: Path) -> None:
     spec = {"process": process, "save": [{"type": "ascendv1_saver"}], "dataset": str(dataset)}
     LlmService().quantize(
-        QuantRequest(model_path=model, save_path=out, model_type="tiny", device="cpu"),  # pyright: ignore
+        QuantRequest(model_path=model, save_path=out, model_type="tiny", device="cpu", force=True),  # pyright: ignore
         recipe_from_dict({"apiversion": "modelslim_v1", "spec": spec}),
         SilentProgress(),
     )
@@ -140,6 +140,23 @@ def test_nan_in_the_middle_of_a_run(nan_inside: Path, dataset: Path, tmp_path: P
     with pytest.raises(InvalidModelError, match="NaN or infinity") as raised:
         quantize(nan_inside, tmp_path / "out", OBSERVING[method], dataset)
     assert str(raised.value.where).startswith("model.layers.1")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("method", ["gptq", "float_sparse", "autoround w4a8", *BLIND])
+def test_nan_in_a_bias(model_folder: ModelFolder, dataset: Path, tmp_path: Path, method: str) -> None:
+    """A bias is written as it is, and shows in no activation before the linear that has it: it is looked at itself."""
+
+    def edit(state: State) -> None:
+        state["model.layers.2.self_attn.q_proj.bias"][3] = float("nan")
+
+    model = edited(model_folder("qwen2"), tmp_path / "model", edit)
+    process = (OBSERVING | BLIND)[method]
+    with pytest.raises(InvalidModelError, match="NaN or infinity") as raised:
+        quantize(model, tmp_path / "out", process, dataset)
+    if method in BLIND:
+        assert raised.value.where == "model.layers.2.self_attn.q_proj.bias"
+        assert "the bias holds NaN or infinity in row 3" in str(raised.value)
     assert not (tmp_path / "out").exists()
 
 

@@ -62,8 +62,14 @@ def test_outer_blocks_of_both_sides() -> None:
 def test_outer_blocks_must_divide_the_width() -> None:
     form = layer_form(dual(None, 64))
     check_shape(form, LinearInfo("l", "l", 128, 4, has_bias=False, in_block=True))
-    with pytest.raises(UnsupportedError, match=r"^l: ext\.dual_block_size 64 does not divide its 96 input features"):
-        check_shape(form, LinearInfo("l", "l", 96, 4, has_bias=False, in_block=True))
+    for width, remedy in (
+        (96, "use a multiple of 32 that divides 96, or exclude this linear"),
+        (80, "exclude this linear"),
+    ):
+        with pytest.raises(UnsupportedError) as caught:
+            check_shape(form, LinearInfo("l", "l", width, 4, has_bias=False, in_block=True))
+        assert (caught.value.where, caught.value.remedy) == ("l", remedy)
+        assert f"ext.dual_block_size 64 does not divide its {width} input features" in str(caught.value)
     check_shape(LayerForm(LayerKind.W4A4_MXFP4), LinearInfo("l", "l", 40, 4, has_bias=False, in_block=True))
 
 

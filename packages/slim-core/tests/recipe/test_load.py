@@ -342,7 +342,7 @@ BROKEN = {
     ),
     "empty group": (
         head("  process:\n  - type: group\n    configs: []\n"),
-        [":5: spec.process[0].configs: got a list; must have at least 1 item"],
+        [":5: spec.process[0].configs: got a list; must have at least 1 item, not 0"],
     ),
     "through an alias": (
         "apiversion: v\nq: &q\n  weight:\n    dtype: int7\nspec:\n  process:\n  - type: linear_quant\n    qconfig: *q",

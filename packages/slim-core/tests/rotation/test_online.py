@@ -118,8 +118,10 @@ def test_a_share_is_accepted_exactly_if_every_rank_can_work_alone(heads: int, si
 def test_what_a_refusal_says() -> None:
     assert shard_refusal("heads", 64, 4) is None
     assert shard_refusal("heads", 40, 4) == (
-        "with 4 ranks there are 10 heads per rank, which is no multiple of the rotation's block of 4; use max_tp_size 2"
+        "with 4 ranks there are 10 heads per rank, which is no multiple of the rotation's block of 4",
+        "use max_tp_size 2",
     )
     assert shard_refusal("heads", 6, 4) == (
-        "with 1 rank there are 6 heads per rank, which is no multiple of the rotation's block of 4; rotate offline only"
+        "with 1 rank there are 6 heads per rank, which is no multiple of the rotation's block of 4",
+        "rotate offline only, without online: true",
     )

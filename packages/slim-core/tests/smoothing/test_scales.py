@@ -17,7 +17,7 @@ from slim_core.errors import UnexpectedError
 from slim_core.model.skeleton import parameters_on_meta
 from slim_core.model.subgraphs import Subgraph
 from slim_core.model.units import Addition, StreamedModel
-from slim_core.model.weights import Edit, UnitWeights
+from slim_core.model.weights import Edit, UnitWeights, WeightView
 from slim_core.quantization.weights import InMemory
 from slim_core.smoothing.scales import FLOOR, Smoothing, column_maxima, edits_of, power_scale
 
@@ -225,6 +225,41 @@ class TestUnitWeights:
         with pytest.raises(UnexpectedError):
             weights.apply([Edit("layers.0.gate.weight", columns=torch.full((8,), 2.0)), bad])
         assert list(weights.edited()) == []
+
+    @pytest.mark.parametrize("failing", range(4))
+    def test_a_failure_while_the_module_is_changed_undoes_all(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: int
+    ) -> None:
+        model, state = streamed(tmp_path, torch.bfloat16, bias=False)
+        added = [Addition(f"layers.0.{name}.bias", torch.float32, (size,)) for name, size in (("norm", 8), ("up", 12))]
+        model = model.with_additions(added)
+        unit = next(unit for unit in model.units if unit.block == 0)
+        model.load(unit.parameters, torch.device("cpu"))
+        weights = UnitWeights(model, unit, live=True)
+        edits = [
+            Edit("layers.0.norm.bias", value=torch.ones(8)),
+            Edit("layers.0.gate.weight", columns=torch.full((8,), 3.0)),
+            Edit("layers.0.up.bias", value=torch.ones(12)),
+            Edit("layers.0.up.weight", columns=torch.full((8,), 3.0)),
+        ]
+        real, count = WeightView.stored_form, iter(range(100))
+
+        def stored_form(view: WeightView) -> Tensor:
+            if next(count) == failing:
+                raise MemoryError
+            return real(view)
+
+        monkeypatch.setattr(WeightView, "stored_form", stored_form)
+        with pytest.raises(MemoryError):
+            weights.apply(edits)
+        assert list(weights.edited()) == []
+        live = {name: value for name, value in model.module.named_parameters() if not value.is_meta}
+        assert live.keys() == state.keys()
+        assert all(torch.equal(live[name], state[name]) for name in state)
+        weights.apply(edits)
+        assert {name for name, _ in weights.edited()} == {edit.parameter for edit in edits}
+        assert torch.equal(model.module.get_parameter("layers.0.norm.bias"), torch.ones(8).bfloat16())
+        model.unload([*unit.parameters, *unit.added])
 
     def test_a_live_module_follows(self, tmp_path: Path) -> None:
         model, state = streamed(tmp_path, torch.float32)

@@ -198,7 +198,7 @@ def test_ranks_that_could_not_rotate_their_share(model_folder: ModelFolder, quan
         UnsupportedError, match=r"with 2 ranks there are 2 heads per rank, which is no multiple .* block of 4"
     ) as caught:
         quantize(model_folder("llama"), tmp_path / "out", process=[ONLINE | {"max_tp_size": 4}])
-    assert caught.value.where == "spec.process[0].max_tp_size"
+    assert (caught.value.where, caught.value.remedy) == ("spec.process[0].max_tp_size", "use max_tp_size 2")
 
 
 def test_layers_of_online_rotation(model_folder: ModelFolder, quantize: Quantize, tmp_path: Path) -> None:

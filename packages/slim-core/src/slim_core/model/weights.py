@@ -6,13 +6,13 @@ on the way, in float32, so it is rounded once: when it is quantized or written.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
-from slim_core.checkpoint.source import LazyTensor, TensorMeta
+from slim_core.checkpoint.source import LazyTensor, TensorMeta, TensorSource
 from slim_core.errors import UnexpectedError
 from slim_core.model.units import StreamedModel, Unit
 
@@ -114,16 +114,26 @@ class UnitWeights:
     Args:
         live: whether the unit's module holds its parameters, so that edits must reach it too.
         device: where the module is.
+        deferred: parameters that the module holds only now and then; who gives them to it asks :meth:`hand_over`.
+        source: where to read the parameters, if not from the model's source.
     """
 
     def __init__(
-        self, model: StreamedModel, unit: Unit, *, live: bool = False, device: torch.device | None = None
+        self,
+        model: StreamedModel,
+        unit: Unit,
+        *,
+        live: bool = False,
+        device: torch.device | None = None,
+        deferred: Collection[str] = (),
+        source: TensorSource | None = None,
     ) -> None:
         self._model = model
         self._live = live
+        self._deferred = deferred
         self._device = device or torch.device("cpu")
         self._views = {
-            name: WeightView(model.source.meta(stored), LazyTensor(model.source, model.source.meta(stored)))
+            name: WeightView(model.source.meta(stored), LazyTensor(source or model.source, model.source.meta(stored)))
             for name, stored in unit.parameters.items()
         }
         self._added = unit.added
@@ -139,7 +149,7 @@ class UnitWeights:
         return ((name, view) for name, view in self._views.items() if view.edited)
 
     def apply(self, edits: Iterable[Edit]) -> None:
-        """Make changes that belong together: all of them, or none if one of them does not fit.
+        """Make changes that belong together: all of them, or none if one of them fails.
 
         Raises:
             UnexpectedError: a parameter is unknown, or a factor or value has the wrong shape.
@@ -148,15 +158,30 @@ class UnitWeights:
         for edit in edits:
             view = changed.get(edit.parameter) or self._views.get(edit.parameter) or self._new(edit.parameter)
             changed[edit.parameter] = _edited(view, edit)
-        self._views |= changed
-        if self._live:
-            for name, view in changed.items():
-                value = view.stored_form().to(self._device)
-                path, _, leaf = name.rpartition(".")
-                module = self._model.module.get_submodule(path)
-                if name in self._added and leaf == "bias":
-                    value = value.to(module.get_parameter("weight").dtype)
-                setattr(module, leaf, nn.Parameter(value, requires_grad=False))
+        before = self._views
+        self._views = before | changed
+        held = [name for name in changed if name not in self._deferred] if self._live else []
+        try:
+            for name in held:
+                self.hand_over(name)
+        except BaseException:
+            self._views = before
+            for name in held:
+                self.hand_over(name)
+            raise
+
+    def hand_over(self, name: str) -> None:
+        """Give the module a parameter as it is now; none if it has no value yet."""
+        path, _, leaf = name.rpartition(".")
+        module = self._model.module.get_submodule(path)
+        view = self._views.get(name)
+        if view is None:
+            setattr(module, leaf, None)
+            return
+        value = view.stored_form().to(self._device)
+        if name in self._added and leaf == "bias":
+            value = value.to(module.get_parameter("weight").dtype)
+        setattr(module, leaf, nn.Parameter(value, requires_grad=False))
 
     def fill(self) -> None:
         """Make the biases zero that the unit was given but that nothing has been done to."""

@@ -27,6 +27,7 @@ from slim_core.quantization.kinds import LayerForm, LayerKind
 from slim_core.quantization.layers import QuantizedLinear
 from slim_core.quantization.statistics import InputStatistics, Need
 from slim_core.quantization.statistics.attention import AttentionStatistics
+from slim_core.quantization.weights import refuse_infinite
 from slim_core.recipe import NameFilter, ProcessorConfig, processor_class
 from slim_core.smoothing.scales import SmoothingNote
 
@@ -48,12 +49,18 @@ __all__ = [
 
 @dataclass(frozen=True)
 class LinearRule:
-    """``filter`` names the linears that the processor at ``position`` turns into ``form``, knowing ``needs``."""
+    """``filter`` names the linears that the processor at ``position`` turns into ``form``, knowing ``needs``.
+
+    Args:
+        unseen: what the processor makes of a linear that is never run, so that nothing is known of its input, where
+            ``form`` has a static one; None: such a linear stays as it is.
+    """
 
     position: str
     filter: NameFilter
     form: LayerForm
     needs: frozenset[Need] = frozenset()
+    unseen: LayerForm | None = None
 
 
 @dataclass(frozen=True)
@@ -144,7 +151,8 @@ class UnitWork:
         finish_attention: called with every finished attention.
         weights: all parameters of the unit, to be reshaped before they are quantized.
         states: what was observed of attentions because a processor asked for it, by module name.
-        starved: the linears of experts to which too few tokens were routed to learn from.
+        starved: the linears of experts to which too few tokens were routed to learn from, and those of drafting layers,
+            which nothing runs.
         note: called with what was done to every subgraph that was to be smoothed, for the report.
     """
 
@@ -163,18 +171,21 @@ class UnitWork:
     note: Callable[[SmoothingNote], None] = lambda _note: None
 
     def owned_by(self, position: str) -> Iterator[LinearWork]:
-        """The linears that the plan gave to the processor at ``position``, with their weights as they are now."""
+        """The linears that the plan gave to the processor at ``position``, with their weights as they are now.
+
+        Raises:
+            InvalidModelError: a bias holds NaN or infinity; names the tensor and the row.
+        """
         return (self._current(work) for work in self.linears.values() if work.assignment.position == position)
 
     def _current(self, work: LinearWork) -> LinearWork:
         if self.weights is None:
             return work
-        bias = f"{work.info.name}.bias"
-        return replace(
-            work,
-            weight=self.weights[f"{work.info.name}.weight"],
-            bias=self.weights[bias].load() if bias in self.weights else None,
-        )
+        name = f"{work.info.name}.bias"
+        bias = self.weights[name].load() if name in self.weights else None
+        if bias is not None:
+            refuse_infinite(bias.unsqueeze(1), name, what="bias")
+        return replace(work, weight=self.weights[f"{work.info.name}.weight"], bias=bias)
 
     def rescale(self, targets: Sequence[str], scale: Tensor, shift: Tensor | None = None) -> None:
         """From now on these linears, which share their input, see ``(x - shift) / scale``.
@@ -358,6 +369,10 @@ class Processor:
 
         Of a processor that reshapes, what it leaves behind counts too.
         """
+        return 0
+
+    def copied_bytes(self, linears: Sequence[LinearInfo]) -> int:
+        """How much of that is copies of the weights it changes, which are made only if the block is run once more."""
         return 0
 
     def process(self, work: UnitWork) -> None:

@@ -115,7 +115,7 @@ class Smoother(Processor, ABC):
             )
         self._widths = {g.source: len(g.columns) for graphs in self._graphs.values() for g in graphs}
         if self.shifts:
-            self._choose_shifts()
+            self._choose_shifts(model)
 
     def _note(self, structure: Structure, chosen: NameFilter, sources: Sequence[str]) -> None:
         # A pattern that names what cannot be smoothed is no mistake.
@@ -130,15 +130,19 @@ class Smoother(Processor, ABC):
         if not any(self._graphs.values()):
             self._notes.append(f"spec.{self.position} smooths nothing")
 
-    def _choose_shifts(self) -> None:
+    def _choose_shifts(self, model: StreamedModel) -> None:
         """The norms that are shifted: those whose readers are given their output as it is, and can all take a bias.
 
-        Routers cannot; nor can the expansion of a latent, which engines take apart without it.
+        Routers cannot; nor can the expansion of a latent, which engines take apart without it. A norm that gives
+        nothing but zeros has nothing to shift; that is found here, since biases are laid out before anything is run.
         """
         left: dict[str, str] = {}
         changed: list[str] = []
+        stored = {name: tensor for unit in model.units for name, tensor in unit.parameters.items()}
         for graph in (graph for graphs in self._graphs.values() for graph in graphs if graph.type == "norm-linear"):
             odd = next((one for one in graph.targets if one not in self._linears or self._latent_of(one)), None)
+            if _is_silent(graph, model, stored):
+                continue
             if odd is not None:
                 left[graph.source] = odd
             elif not graph.direct:
@@ -202,7 +206,9 @@ class Smoother(Processor, ABC):
         return [addition for addition in wanted if addition.parameter not in self._parameters]
 
     def working_bytes(self, linears: Sequence[LinearInfo], assignments: Mapping[str, Assignment]) -> int:
-        """The copies of the weights that change."""
+        return self.copied_bytes(linears)
+
+    def copied_bytes(self, linears: Sequence[LinearInfo]) -> int:
         graphs = [graph for graphs in self._graphs.values() for graph in graphs]
         changed = {name for graph in graphs for name in (graph.source, *graph.targets)}
         itemsize = (self._model_dtype or torch.float32).itemsize
@@ -233,6 +239,17 @@ class Smoother(Processor, ABC):
     def is_shifted(self, graph: Subgraph) -> bool:
         """Whether the inputs of this subgraph are centred."""
         return graph.source in self._shifted
+
+
+def _is_silent(norm: Subgraph, model: StreamedModel, stored: Mapping[str, str]) -> bool:
+    """Whether a norm multiplies all channels by zero and adds nothing.
+
+    Args:
+        stored: the tensors of parameters.
+    """
+    gain = model.source.load(stored[f"{norm.source}.weight"]).float() + float(norm.plus_one)
+    bias = stored.get(f"{norm.source}.bias")
+    return not bool(gain.any()) and (bias is None or not bool(model.source.load(bias).any()))
 
 
 def is_routed(module: str, unit: str) -> bool:

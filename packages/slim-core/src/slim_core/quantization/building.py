@@ -20,6 +20,7 @@ from slim_core.quantization.layers import (
     WeightOnlyInt,
 )
 from slim_core.quantization.methods.ssz import SszOptions
+from slim_core.quantization.microscaling import BLOCK
 from slim_core.quantization.statistics import InputStatistics, Need
 from slim_core.quantization.weights import MxWeight, QuantizedWeight
 from slim_core.recipe.qconfig import ActConfig, LinearQConfig
@@ -50,11 +51,16 @@ def check_shape(form: LayerForm, info: LinearInfo) -> None:
     """
     size = form.group_size or form.outer_block
     if size and info.in_features % size:
+        width = info.in_features
         key = "group_size" if form.group_size else "dual_block_size"
+        if form.group_size:
+            fitting = f"use a divisor of {width}, or "
+        else:
+            fitting = "" if width % BLOCK else f"use a multiple of {BLOCK} that divides {width}, or "
         raise UnsupportedError(
-            f"ext.{key} {size} does not divide its {info.in_features} input features",
+            f"ext.{key} {size} does not divide its {width} input features",
             where=info.name,
-            remedy=f"use a divisor of {info.in_features}, or exclude this linear",
+            remedy=f"{fitting}exclude this linear",
         )
 
 

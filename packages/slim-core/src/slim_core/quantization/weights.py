@@ -93,13 +93,14 @@ def all_rows(weight: RowSource, name: str, device: torch.device | None = None) -
     return matrix
 
 
-def refuse_infinite(values: Tensor, name: str, first: int = 0) -> None:
+def refuse_infinite(values: Tensor, name: str, first: int = 0, *, what: str = "weight") -> None:
     """Refuse rows of a weight for what is in them, or for numbers that show it: their extremes, or their scales.
 
     Args:
         values: ``(rows, ...)``.
         name: the tensor.
         first: which row of the weight the first of these is.
+        what: what the tensor is to its linear.
 
     Raises:
         InvalidModelError: NaN or infinity is among them; names the tensor and the row.
@@ -108,7 +109,7 @@ def refuse_infinite(values: Tensor, name: str, first: int = 0) -> None:
     if not bool(finite.all()):
         row = first + int((~finite).nonzero()[0])
         raise InvalidModelError(
-            f"the weight holds NaN or infinity in row {row}", where=name, remedy="repair the checkpoint"
+            f"the {what} holds NaN or infinity in row {row}", where=name, remedy="repair the checkpoint"
         )
 
 

@@ -107,6 +107,7 @@ def _words(details: ErrorDetails, kind: str, loc: Location, model: type[BaseMode
     if kind in ("tuple_type", "list_type"):
         return f"got {kind_of(value)}; must be a list"
     message = re.sub(r"^(Input|String|Tuple|List|Dictionary) should", "must", message)
+    message = message.replace(" after validation", "")
     if kind_of(value) in ("a mapping", "a list") and not message.startswith("must"):
         return message  # a check of several fields together, which says itself what it met
     return f"got {kind_of(value)}; {message}"

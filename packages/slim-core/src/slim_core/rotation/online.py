@@ -72,9 +72,9 @@ def down_rotation(intermediate_size: int, max_tp_size: int) -> Kronecker:
     return Kronecker(first, create_rotation(n2))
 
 
-def shard_refusal(what: str, count: int, max_tp_size: int) -> str | None:
-    """Why ranks cannot rotate their shares by themselves, or None if they can with every power of two of ranks up to
-    ``max_tp_size``.
+def shard_refusal(what: str, count: int, max_tp_size: int) -> tuple[str, str] | None:
+    """Why ranks cannot rotate their shares by themselves, and what to do; None if they can with every power of two of
+    ranks up to ``max_tp_size``.
 
     A rank has ``count / tp`` rows of the rotation, which must be whole blocks of ``max_tp_size``.
 
@@ -88,7 +88,7 @@ def shard_refusal(what: str, count: int, max_tp_size: int) -> str | None:
     if bad is None:
         return None
     fitting = [t for t in ranks if t > 1 and count % (t * t) == 0]
-    advice = f"use max_tp_size {fitting[-1]}" if fitting else "rotate offline only"
+    advice = f"use max_tp_size {fitting[-1]}" if fitting else "rotate offline only, without online: true"
     share = f"{count // bad} {what} per rank" if count % bad == 0 else f"{count} {what} that do not come out even"
     held = f"with {bad} rank{'s' * (bad > 1)} there are {share}"
-    return f"{held}, which is no multiple of the rotation's block of {block}; {advice}"
+    return f"{held}, which is no multiple of the rotation's block of {block}", advice

@@ -88,4 +88,4 @@ class OnlinePlaces:
 
     def _check(self, what: str, count: int) -> None:
         if refusal := shard_refusal(what, count, self._choice.max_tp_size):
-            raise UnsupportedError(refusal, where=f"{self._where}.max_tp_size")
+            raise UnsupportedError(refusal[0], where=f"{self._where}.max_tp_size", remedy=refusal[1])

@@ -71,9 +71,7 @@ class TestOddInputs:
         assert torch.equal(written[q][:, 5], made.state[q][:, 5])
         assert float(written[f"layers.1.{INPUT}.weight"][2]) == float(made.state[f"layers.1.{INPUT}.weight"][2])
 
-    def test_a_norm_that_gives_nothing_but_zeros_is_not_shifted(self, make: Make, tmp_path: Path) -> None:
-        """Which tensors are written is planned before it is known: what it was given in addition is zero."""
-
+    def test_a_norm_that_gives_nothing_but_zeros_is_given_no_bias(self, make: Make, tmp_path: Path) -> None:
         def kill(state: State) -> None:
             state[f"layers.1.{INPUT}.weight"].zero_()
 
@@ -81,9 +79,21 @@ class TestOddInputs:
         written, result = made.carried_out(made.planned(SHIFT), tmp_path / "out")
         (left,) = [note for note in result.smoothed if note.skipped]
         assert (left.source, left.skipped) == (f"layers.1.{INPUT}", "only zeros reached their readers")
-        assert not written[f"layers.1.{INPUT}.bias"].any()
+        assert {name for name in written if name not in made.state and name.startswith("layers.1.self_attn")} == set()
+        assert f"layers.1.{INPUT}.bias" not in written
+        assert bool(written[f"layers.0.{INPUT}.bias"].any())
         for name in (f"{name}_proj.{part}" for name in "qk" for part in ("weight", "bias")):
             assert torch.equal(written[f"layers.1.self_attn.{name}"], made.state[f"layers.1.self_attn.{name}"])
+        assert made.error_of(written) <= 1e-5
+
+    def test_where_no_sample_has_anything_but_zeros_biases_are_zero(self, make: Make, tmp_path: Path) -> None:
+        """Which tensors are written is planned before samples are run; the weights of the norm do not tell."""
+        made = make(tmp_path / "model")
+        plan = made.planned(SHIFT)
+        silence = [{"hidden": torch.zeros_like(one["hidden"])} for one in made.inputs]
+        written, result = made.carried_out(plan, tmp_path / "out", silence)
+        assert f"layers.0.{INPUT}" in {note.source for note in result.smoothed if note.skipped}
+        assert not written[f"layers.0.{INPUT}.bias"].any()
         assert made.error_of(written) <= 1e-5
 
     def test_an_expert_without_tokens_keeps_its_weights(
