@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
 from slim_core.evaluation.verify import verify_folder
@@ -56,6 +57,14 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "deepseek_v2": {"first_k_dense_replace": 1},
     "llama4_text": {"moe_layers": [1, 3], "interleave_moe_layer_step": 2},
 }
+# A layer for multi-token prediction, where published checkpoints have one; here it is like the last block.
+DRAFTS = {
+    **dict.fromkeys(("deepseek_v3", "deepseek_v32", "glm4_moe", "glm4_moe_lite", "glm_moe_dsa"), "model.layers.{}."),
+    **dict.fromkeys(("qwen3_5_moe_text", "qwen3_5_text", "qwen3_next"), "mtp.layers.0."),
+    "deepseek_v4": "mtp.0.",
+    "ernie4_5_moe": "model.mtp_block.0.",
+}
+NOT_RUN = "the model class does not run drafting layers, so they are not calibrated: "
 # Linears that the practices leave in floating point, beside routers.
 KEPT = re.compile(r"\.(kv_b_proj|in_proj_(a|b|ba)|indexer\..*|compressor\..*|self_attn\.(wo_a|o_a_proj))$")
 ROUTER = re.compile(r"\.(gate|router|classifier|wg|shared_expert_gate)$")
@@ -90,9 +99,24 @@ def model_of(tiny_models: ModuleType, tmp_path_factory: pytest.TempPathFactory) 
             model = tiny_models.build(model_type, torch.bfloat16, **widths | LAYOUTS.get(model_type, {}))
             made[model_type] = tmp_path_factory.mktemp(model_type)
             tiny_models.save(model, made[model_type])
+            if model_type in DRAFTS:
+                add_draft(made[model_type], DRAFTS[model_type])
         return made[model_type]
 
     return folder
+
+
+def add_draft(folder: Path, prefix: str) -> None:
+    """Give a model a layer that its class does not run: a copy of its last block, and the join of two states."""
+    (file,) = folder.glob("*.safetensors")
+    tensors = load_file(file)
+    blocks = [found for name in tensors if (found := re.match(r"(.*\blayers\.)(\d+)\.", name))]
+    last = max(blocks, key=lambda found: int(found[2]))
+    prefix = prefix.format(int(last[2]) + 1)
+    tensors |= {n.replace(last[0], prefix): t.clone() for n, t in tensors.items() if n.startswith(last[0])}
+    hidden = json.loads((folder / "config.json").read_text())["hidden_size"]
+    tensors[f"{prefix}eh_proj.weight"] = torch.zeros(hidden, 2 * hidden, dtype=torch.bfloat16)
+    save_file(tensors, file, {"format": "pt"})
 
 
 def stored(folder: Path) -> dict[str, tuple[str, list[int]]]:
@@ -141,13 +165,20 @@ def test_it_runs_on_its_family_and_reads_back(path: Path, model_of: Callable[[st
         told = [text for text in told if "W8A16 experts" not in text]
     if family == "llama4":  # scales what experts are given; Maverick's dense blocks have a norm of the same name
         told = [text for text in told if "cannot smooth 2 places: model.layers.1.post_attention_layernorm" not in text]
+    static = "scope: per_tensor" in path.read_text("utf-8")
+    linears = [linear for unit in plan.model.units for linear in unit.linears if linear.in_block]
+    drafts = {linear.name for linear in linears if not linear.runs}
+    assert bool(drafts) == (MODEL_TYPES.get(family, family) in DRAFTS)
+    weighted = "weighted: true" in path.read_text("utf-8")
+    if drafts and (static or weighted):
+        without = "W8A8_DYNAMIC instead of W8A8 (" if static else "weight error not weighted by inputs ("
+        assert told.pop().startswith(f"{NOT_RUN}{without}")
     assert told == []
 
     description = json.loads((output / "quant_model_description.json").read_text())
-    static = "scope: per_tensor" in path.read_text("utf-8")
-    linears = [linear for unit in plan.model.units for linear in unit.linears if linear.in_block]
     types = {linear.name: description[f"{linear.prefix}.weight"] for linear in linears}
-    assert types == {n: "FLOAT" if KEPT.search(n) else wanted(quant_type, n, static) for n in types}
+    kinds = {name: wanted(quant_type, name, static and name not in drafts) for name in types}
+    assert types == {name: "FLOAT" if KEPT.search(name) else kind for name, kind in kinds.items()}
     before, after = stored(model), stored(output)
     routers = [name for name in before if ROUTER.search(name.removesuffix(".weight"))]
     assert routers or family == "qwen3_5"
@@ -155,7 +186,8 @@ def test_it_runs_on_its_family_and_reads_back(path: Path, model_of: Callable[[st
         assert (description[name], after[name]) == ("FLOAT", before[name])
     if quant_type.endswith("c8"):
         latent = any(name.endswith("kv_b_proj") for name in types)
-        attentions = {name.rpartition(".")[0] for name in types if re.search(r"self_attn\.o_proj$", name)}
+        runs = [name for name in types if name not in drafts]
+        attentions = {name.rpartition(".")[0] for name in runs if re.search(r"self_attn\.o_proj$", name)}
         marks = [name for name in after if name.endswith("fa_k.scale" if latent else "k_proj.kv_cache_scale")]
         assert len(marks) == len(attentions) > 0
 

@@ -78,7 +78,8 @@ def pass_through(
     """
     found = Passage() if known is None else Passage(kinds=known.kinds, shells=known.shells)
     blocks = [unit for unit in model.units if unit.block is not None]
-    outside = {name: stored for unit in model.units if unit.block is None for name, stored in unit.parameters.items()}
+    around = [unit for unit in model.units if unit.block is None and not unit.mirrors]
+    outside = {name: stored for unit in around for name, stored in unit.parameters.items()}
     inputs, rows = _small(model, example)
     modules = dict(_outside(model))
     with (

@@ -21,6 +21,7 @@ from slim_core.checkpoint.source import TensorMeta, TensorSource
 from slim_core.errors import InvalidModelError, UnexpectedError
 from slim_core.model.attention import AttentionAccess, AttentionInfo, Tap
 from slim_core.model.biases import drop_bias, expect_bias
+from slim_core.model.drafts import find_drafts
 from slim_core.model.linears import is_linear
 from slim_core.model.skeleton import find_blocks, named_modules
 from slim_core.model.subgraphs import GivenSubgraph
@@ -32,7 +33,12 @@ _FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 @dataclass(frozen=True)
 class LinearInfo:
-    """A linear of the model: module name, the checkpoint name its tensors go by, and its parts."""
+    """A linear of the model: module name, the checkpoint name its tensors go by, and its parts.
+
+    Args:
+        in_block: whether it is inside a decoder block, so that recipes can name it.
+        runs: whether the model runs it; of a drafting layer's nothing can be observed.
+    """
 
     name: str
     prefix: str
@@ -40,6 +46,7 @@ class LinearInfo:
     out_features: int
     has_bias: bool
     in_block: bool
+    runs: bool = True
 
 
 @dataclass(frozen=True)
@@ -56,13 +63,15 @@ class Unit:
     """A part of the model that is in memory as a whole.
 
     Args:
-        name: dotted module name of a block, or ``prologue``, ``epilogue``, ``extra``.
+        name: dotted module name of a block, or ``prologue``, ``epilogue``, ``extra``; of a drafting layer its prefix.
         block: index of the block, None outside the blocks.
-        parameters: parameter (or buffer) name to checkpoint tensor, for all that this unit owns.
+        parameters: parameter (or buffer) name to checkpoint tensor, for all that this unit owns; of a drafting layer
+            those of its linears, by the names that they would have.
         tensors: what the unit writes, output name to the checkpoint tensor it comes from; differs for tied weights.
         linears: the linears among its modules.
         attentions: the attentions among its modules, as far as whoever opened the model knows them.
         added: parameters that are in no checkpoint, and the tensors that they will be written as.
+        mirrors: of a drafting layer, which the model does not run: a block of its kind; empty for all others.
     """
 
     name: str
@@ -72,6 +81,7 @@ class Unit:
     linears: tuple[LinearInfo, ...] = ()
     attentions: tuple[AttentionInfo, ...] = ()
     added: Mapping[str, TensorMeta] = field(default_factory=dict[str, TensorMeta])
+    mirrors: str = ""
 
 
 @dataclass
@@ -250,6 +260,9 @@ class StreamedModel:
             attentions = self._attentions(name) if block is not None else ()
             units.append(Unit(name, block, parameters, tensors, tuple(linears.get(name, ())), attentions))
         extra = {name: name for name in self.source if name not in written}
+        for draft in find_drafts([unit for unit in units if unit.block is not None], extra, self.source):
+            units.append(draft)
+            extra = {name: name for name in extra if name not in draft.tensors}
         if extra:
             units.append(Unit("extra", None, {}, extra))
         return [unit for unit in units if unit.tensors or unit.parameters or unit.block is not None]

@@ -188,14 +188,10 @@ class AutoroundQuant(Processor):
         return ((f"{self.position}.strategies[{i}]", one) for i, one in enumerate(self.config.strategies))
 
     def rules(self) -> list[LinearRule]:
+        forms = [layer_form(one.qconfig, AUTOROUND_METHODS) for _, one in self._strategies()]
         return [
-            LinearRule(
-                position,
-                NameFilter(one.include, one.exclude),
-                layer_form(one.qconfig, AUTOROUND_METHODS),
-                needs_of(one.qconfig),
-            )
-            for position, one in self._strategies()
+            LinearRule(position, NameFilter(one.include, one.exclude), form, needs_of(one.qconfig), form.dynamic)
+            for form, (position, one) in zip(forms, self._strategies(), strict=True)
         ]
 
     def schemes(self) -> Mapping[str, LinearQConfig]:
@@ -216,11 +212,11 @@ class AutoroundQuant(Processor):
         owned = [(linear, one) for position, one in self._strategies() for linear in work.owned_by(position)]
         if not owned:
             return
-        if work.block is None:
-            raise UnexpectedError("there is no block to train on", where=work.name)
         learning = [(linear, one) for linear, one in owned if linear.info.name not in work.starved]
         tuned = {linear.info.name: _tuned(work, linear, one) for linear, one in learning}
         if tuned:
+            if work.block is None:
+                raise UnexpectedError("there is no block to train on", where=work.name)
             self._train(work, work.block, tuned)
         for linear, one in owned:
             name = linear.info.name

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
+from itertools import groupby
 from typing import Literal
 
 from pydantic import Field, model_validator
@@ -10,11 +12,13 @@ from pydantic_core import PydanticCustomError
 
 from slim_core.errors import UnsupportedError
 from slim_core.model.units import LinearInfo
-from slim_core.processors.base import Assignment, LinearRule, Processor, UnitWork
+from slim_core.processors.base import Assignment, LinearRule, LinearWork, Processor, UnitWork
 from slim_core.quantization.building import build_layer, check_shape, needs_of
 from slim_core.quantization.kinds import layer_form
 from slim_core.quantization.methods import quantize_weight
 from slim_core.quantization.methods.gptq import gptq_bytes
+from slim_core.quantization.row_blocks import rows_per_block, side_by_side
+from slim_core.quantization.weights import MxWeight, QuantizedWeight
 from slim_core.recipe import Exclude, Include, LinearQConfig, NameFilter, Phase, ProcessorConfig
 
 __all__ = ["LinearQuant", "LinearQuantConfig"]
@@ -48,7 +52,8 @@ class LinearQuant(Processor):
 
     def rules(self) -> list[LinearRule]:
         names = NameFilter(self.config.include, self.config.exclude)
-        return [LinearRule(self.position, names, layer_form(self.config.qconfig), needs_of(self.config.qconfig))]
+        form = layer_form(self.config.qconfig)
+        return [LinearRule(self.position, names, form, needs_of(self.config.qconfig), form.dynamic)]
 
     def schemes(self) -> Mapping[str, LinearQConfig]:
         return {self.position: self.config.qconfig}
@@ -67,18 +72,31 @@ class LinearQuant(Processor):
         return max((gptq_bytes(info.out_features, info.in_features) for info in own), default=0)
 
     def process(self, work: UnitWork) -> None:
-        for linear in work.owned_by(self.position):
-            name, form, seen = linear.info.name, linear.assignment.form, work.seen(linear.info.name)
-            weight = quantize_weight(
-                linear.weight,
-                self.config.qconfig.weight,
-                form,
-                tensor=linear.weight.meta.name,
-                linear=name,
-                device=work.device,
-                seen=seen,
-            )
-            layer = build_layer(
-                form, weight, self.config.qconfig.act, seen=seen, bias=linear.bias, name=name, dtype=work.dtype
-            )
-            work.finish(linear, layer, weight.sqnr_db)
+        owned = list(work.owned_by(self.position))
+        # Small ones, such as those of experts, would each keep a single thread busy.
+        together = work.device.type == "cpu" and self.config.qconfig.weight.method != "gptq"
+        for several, group in groupby(owned, lambda linear: together and _is_small(linear.info)):
+            linears = list(group)
+            weights = (partial(self._quantized, linear, work) for linear in linears)
+            made = side_by_side(weights) if several else (job() for job in weights)
+            for linear, weight in zip(linears, made, strict=True):
+                name, seen = linear.info.name, work.seen(linear.info.name)
+                form, act = linear.assignment.form, self.config.qconfig.act
+                layer = build_layer(form, weight, act, seen=seen, bias=linear.bias, name=name, dtype=work.dtype)
+                work.finish(linear, layer, weight.sqnr_db)
+
+    def _quantized(self, linear: LinearWork, work: UnitWork) -> QuantizedWeight | MxWeight:
+        return quantize_weight(
+            linear.weight,
+            self.config.qconfig.weight,
+            linear.assignment.form,
+            tensor=linear.weight.meta.name,
+            linear=linear.info.name,
+            device=work.device,
+            seen=work.seen(linear.info.name),
+        )
+
+
+def _is_small(info: LinearInfo) -> bool:
+    """Whether the rows of a linear are worked on all at once."""
+    return info.out_features <= rows_per_block(info.in_features, None)

@@ -62,6 +62,14 @@ class LayerForm:
     symmetric: bool = True
     outer_block: int = 0
 
+    @property
+    def dynamic(self) -> LayerForm | None:
+        """The same with input scales that are found at run time; None if there is no such layer."""
+        if not self.kind.has_static_input:
+            return self
+        same = self.kind in (LayerKind.W8A8, LayerKind.W8A8_MIX)  # their weights are those of W8A8_DYNAMIC
+        return replace(self, kind=LayerKind.W8A8_DYNAMIC) if same else None
+
     def for_width(self, width: int) -> LayerForm:
         """The form of a linear with this many input features: one group of all columns is no group."""
         return replace(self, group_size=0) if self.group_size == width else self

@@ -1,13 +1,12 @@
-"""Drafting layers (multi-token prediction): decoder layers behind the last one, which the model class does not run.
+"""How drafting layers are rotated (multi-token prediction): blocks that the model class does not run.
 
-They are known by the names that DeepSeek-V3 (arXiv 2412.19437) gave them and others took over. Such a layer joins the
+What they have besides a block is known by the names of DeepSeek-V3 (arXiv 2412.19437). Such a layer joins the
 normalised embedding of the next token and the normalised hidden state of the model in ``eh_proj``, runs a block of the
 kind of the last one, and has a norm and a head of its own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +16,7 @@ from slim_core.model.units import StreamedModel
 from slim_core.rotation.matrices import Concatenated, Rotation
 from slim_core.rotation.steps import Steps
 
-__all__ = ["Draft", "find_drafts"]
+__all__ = ["Draft", "known_drafts"]
 
 _EMBEDDING, _HEAD, _HEAD_NORM = "embed_tokens", "shared_head.head", "shared_head.norm"
 _JOINED, _JOINT = ("enorm", "hnorm"), "eh_proj"
@@ -51,29 +50,18 @@ class Draft:
         steps.right(head, rotation)
 
 
-def find_drafts(model: StreamedModel, names: Collection[str]) -> list[Draft]:
-    """The drafting layers among tensors that the model class does not use; those that are not understood are left out.
-
-    Args:
-        names: of the tensors.
-    """
-    blocks = [unit for unit in model.units if unit.block is not None]
-    last = blocks[-1]
-    inside = f"{last.name}."
-    if any(name != stored or not name.startswith(inside) for name, stored in last.parameters.items()):
-        return []
-    wanted = {name.removeprefix(inside) for name in last.parameters} | _PARTS
+def known_drafts(model: StreamedModel) -> list[Draft]:
+    """The drafting layers of a model whose every tensor is understood."""
+    parameters = {unit.name: unit.parameters for unit in model.units}
     found: list[Draft] = []
-    number = len(blocks)
-    while own := [name for name in names if name.startswith(f"{model.blocks_name}.{number}.")]:
-        prefix = f"{model.blocks_name}.{number}"
-        same = {name.removeprefix(f"{prefix}.") for name in own} == wanted
-        if same and all(_alike(model, name, inside + name.removeprefix(f"{prefix}.")) for name in own):
-            found.append(Draft(prefix, last.name, tuple(own)))
-        number += 1
+    for unit in (unit for unit in model.units if unit.mirrors):
+        block = parameters[unit.mirrors]
+        inside = f"{unit.mirrors}."
+        if any(name != stored or not name.startswith(inside) for name, stored in block.items()):
+            continue
+        places = {f"{unit.name}.{name.removeprefix(inside)}": stored for name, stored in block.items()}
+        if set(unit.tensors) == places.keys() | {f"{unit.name}.{part}" for part in _PARTS} and all(
+            model.source.meta(name).shape == model.source.meta(stored).shape for name, stored in places.items()
+        ):
+            found.append(Draft(unit.name, unit.mirrors, tuple(unit.tensors)))
     return found
-
-
-def _alike(model: StreamedModel, name: str, other: str) -> bool:
-    """Whether a tensor has the shape of that of the last block, if that has one."""
-    return other not in model.source or model.source.meta(name).shape == model.source.meta(other).shape

@@ -22,7 +22,7 @@ from slim_core.model.passage import Passage, pass_through
 from slim_core.model.residual import BlockRoles, BlockTrial, find_roles
 from slim_core.model.structure import Structure
 from slim_core.model.units import StreamedModel, Unit
-from slim_core.rotation.drafts import find_drafts
+from slim_core.rotation.drafts import known_drafts
 from slim_core.rotation.ends import Ends, find_ends
 from slim_core.rotation.inputs import InputRotation, InputRotations, install
 from slim_core.rotation.matrices import Kronecker, Rotation, create_rotation
@@ -104,8 +104,7 @@ class _Rotator:
         self._block_size = block_size
         self._where = where
         self._places = None if online is None else OnlinePlaces(online, structure, model, where)
-        unused = [name for unit in model.units if unit.name == "extra" for name in unit.tensors]
-        self._drafts = find_drafts(model, unused)
+        self._drafts = known_drafts(model)
         self._stored = {name: stored for unit in model.units for name, stored in unit.parameters.items()}
         self._stored |= {name: name for draft in self._drafts for name in draft.tensors}
         self._proved: dict[str, BlockRoles] = {}
@@ -237,7 +236,8 @@ class _Rotator:
     def _refuse_strangers(self, width: int) -> None:
         """Tensors that the model class leaves unused may read or write the stream somewhere else."""
         known = {name for draft in self._drafts for name in draft.tensors}
-        for name in (name for unit in self._model.units if unit.name == "extra" for name in unit.tensors):
+        unused = [unit for unit in self._model.units if unit.name == "extra" or unit.mirrors]
+        for name in (name for unit in unused for name in unit.tensors):
             shape = self._model.source.meta(name).shape
             if name not in known and len(shape) > 1 and width in shape:
                 raise UnsupportedError(

@@ -19,6 +19,7 @@ from slim_core.checkpoint.stacked import cut_stack
 from slim_core.errors import InvalidModelError, UnsupportedError
 from slim_core.model.linears import keep_float
 from slim_llm.models.conversions import Conversions, change_of, puts_side_by_side
+from slim_llm.models.draft_stacks import cut_alike
 from slim_llm.models.expert_stacks import Stack
 from slim_llm.models.experts import ExpertsApart, experts_apart
 
@@ -134,12 +135,15 @@ def locate(module: nn.Module, source: TensorSource, where: str) -> Location:
     for name in joined:
         keep_float(module.get_submodule(name.rpartition(".")[0]))
     slices: dict[str, Slice] = {}
+    used = {stored.name for part in found.values() for stored in part.stacked}
     for path, _ in experts_apart(module):
         parts = [part for part in found.values() if part.path == path]
         if any(part.each for part in parts):
             names |= _single(parts, where)
         elif any(part.stacked for part in parts):
-            names |= _sliced(source, parts, slices, where)
+            own: dict[str, Slice] = {}
+            names |= _sliced(source, parts, own, where)
+            slices |= own | cut_alike(source, own, used)
     source = SlicedSource(source, slices) if slices else source
     return (JoinedSource(source, joined) if joined else source), names, joined
 

@@ -161,7 +161,7 @@ def collect(folder: Path, plan: Plan, result: RunResult, *, title: str) -> Repor
         bytes_in=sum(unit.bytes_in for unit in units),
         bytes_out=written,
         predicted_bytes_out=plan.bytes_out,
-        predicted_peak_memory=plan.peak_memory,
+        predicted_peak_memory=plan.memory.peak,
         peak_memory=max(0, result.peak_bytes - result.base_bytes),
         process_peak_memory=result.peak_bytes,
         process_base_memory=result.base_bytes,
@@ -182,7 +182,7 @@ def _units(plan: Plan, result: RunResult) -> list[UnitRow]:
     rows: list[UnitRow] = []
     for unit in plan.units:
         record = measured.get(unit.name)
-        kind = unit.name if unit.name in ("prologue", "epilogue", "extra") else "block"
+        kind = unit.name if unit.name in ("prologue", "epilogue", "extra") else "draft" if unit.drafts else "block"
         rows.append(
             UnitRow(
                 unit.name,

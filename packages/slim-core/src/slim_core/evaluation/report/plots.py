@@ -108,7 +108,7 @@ def _by_leaf(rows: Iterable[LinearRow], value: Callable[[LinearRow], float | Non
 
 def _block_numbers(data: ReportData) -> dict[int, int]:
     """Place of a unit among all to its place among the blocks, which is how people count layers."""
-    blocks = [position for position, unit in enumerate(data.units) if unit.kind == "block"]
+    blocks = [position for position, unit in enumerate(data.units) if unit.kind in ("block", "draft")]
     return {position: number for number, position in enumerate(blocks)}
 
 
@@ -182,7 +182,13 @@ def _joined(leaves: Sequence[str]) -> str:
     return f"{', '.join(heads)}_{endings.pop()}"
 
 
-_KIND_NAMES = {"prologue": "before the blocks", "block": "blocks", "epilogue": "after the blocks", "extra": "other"}
+_KIND_NAMES = {
+    "prologue": "before the blocks",
+    "block": "blocks",
+    "epilogue": "after the blocks",
+    "draft": "drafting layers",
+    "extra": "other",
+}
 
 
 def _sizes(figure: Any, data: ReportData) -> bool:
