@@ -63,7 +63,7 @@ def measure(name: str, how: list[str], options: argparse.Namespace, scratch: Pat
     out, scores = scratch / name, scratch / f"{name}.json"
     began = time.perf_counter()
     given = ["--model_path", str(options.model), "--save_path", str(out), "--model_type", options.model.name]
-    run(["quant", *given, "--device", options.device, "--yes", *how])
+    run(["quant", *given, "--device", options.device, "--yes", "--force", *how])
     seconds = time.perf_counter() - began
     text = ["--text", str(options.text), "--device", options.device, "--json", str(scores)]
     run(["eval", str(options.model), "--quantized", str(out), *text])

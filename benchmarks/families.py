@@ -183,7 +183,9 @@ def _by_slim(outcome: Outcome, folder: Path, logits: Tensor) -> None:
             "dataset": str(data),
         }
         written = folder / scheme
-        request = QuantRequest(model_path=model, save_path=written, model_type=outcome.model_type, device="cpu")
+        request = QuantRequest(
+            model_path=model, save_path=written, model_type=outcome.model_type, device="cpu", force=True
+        )
         recipe = recipe_from_dict({"apiversion": "modelslim_v1", "spec": spec})
         LlmService().quantize(request, recipe, SilentProgress())
         outcome.step = f"verify {scheme}"

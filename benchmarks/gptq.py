@@ -2,11 +2,11 @@
 
     python benchmarks/gptq.py --size 4096 [--out 4096] [--threads 2] [--rounds 3] [--bits 4] [--group_size 128]
 
-Three floors. ``bare``: one Cholesky factorisation of the damped Hessian, which is all that Slim's own formulation needs,
-and the matrix products that bring the error of all earlier columns into each block. ``updates``: the same, and the
-updates of the columns within a block, which come one after the other whatever the formulation. ``textbook``: Cholesky,
-inverse from it, Cholesky of that, and the products of ``bare`` the other way round, again without the updates within a
-block. None searches scales, rounds, or orders anything.
+Three floors. ``bare``: one Cholesky factorisation of the damped Hessian, which is all that Slim's own formulation
+needs, and the matrix products that bring the error of all earlier columns into each block. ``updates``: the same, and
+the updates of the columns within a block, which come one after the other whatever the formulation. ``textbook``:
+Cholesky, inverse from it, Cholesky of that, and the products of ``bare`` the other way round, again without the updates
+within a block. None searches scales, rounds, or orders anything.
 Rounds alternate, since the machine is noisy; the figures are those of the fastest round of each. CPU seconds are given
 besides wall seconds: with one thread they hardly change when others use the machine too.
 """

@@ -22,7 +22,7 @@ from slim_core.dispatch import choose_recipe
 from slim_core.memory import peak_memory, resident_memory
 from slim_core.progress import SilentProgress
 from slim_core.service import QuantRequest
-model, out, recipe, sync = sys.argv[1:5]
+model, out, recipe, sync, more = sys.argv[1:6]
 if sync == "False":
     os.fsync = lambda fd: None
 # One small forward, so that what the imports load late (kernels, thread stacks) is in the baseline too.
@@ -33,29 +33,33 @@ with torch.no_grad():
 AutoTokenizer.from_pretrained(model)
 del warm
 imports = resident_memory()
-request = QuantRequest(
-    model_path=model, save_path=out, model_type="benchmark", config_path=recipe, device="cpu", overwrite=True
-)
+settings = {"model_type": "benchmark", "device": "cpu", "overwrite": True, "force": True, **json.loads(more)}
+request = QuantRequest(model_path=model, save_path=out, config_path=recipe, **settings)
 chosen, service = choose_recipe(request, lambda question: True)
-began = time.process_time()
-result = service.quantize(request, chosen, SilentProgress())
-told = {"imports": imports, "peak": peak_memory(), "run_cpu": time.process_time() - began}
+plans = []
+began, clock = time.process_time(), time.perf_counter()
+result = service.quantize(request, chosen, SilentProgress(), on_plan=plans.append)
+told = {"imports": imports, "peak": peak_memory(), "predicted": plans[0].memory.peak}
+told |= {"run_cpu": time.process_time() - began, "run_wall": time.perf_counter() - clock}
 print(json.dumps({**told, "run_seconds": result.seconds, "forwards": result.block_forwards}))
 """
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What a whole process took. Memory in MiB; ``growth`` is the peak beyond what was there before the run.
+    """What a whole process took. Memory in MiB; ``growth`` is the peak beyond what was there before the run, and
+    ``predicted`` what the plan said of it.
 
-    ``run_seconds`` and ``run_cpu`` are the run itself, without imports; the latter with its plan.
+    ``run_seconds``, ``run_wall`` and ``run_cpu`` are the run itself, without imports; the latter two with its plan.
     """
 
     wall: float
     cpu: float
     peak: float
     growth: float
+    predicted: float
     run_seconds: float
+    run_wall: float
     run_cpu: float
     forwards: int
 
@@ -82,17 +86,23 @@ def run_python(code: str, *arguments: str, environment: dict[str, str] | None = 
         cpu=usage.ru_utime + usage.ru_stime,
         peak=peak,
         growth=peak - told.get("imports", 0) / 2**20,
+        predicted=told.get("predicted", 0) / 2**20,
         run_seconds=told.get("run_seconds", 0.0),
+        run_wall=told.get("run_wall", 0.0),
         run_cpu=told.get("run_cpu", 0.0),
         forwards=int(told.get("forwards", 0)),
     )
     return told, cost
 
 
-def quantize(model: Path, recipe: Path, out: Path, sync: bool = True) -> Cost:
-    """Quantize a folder in a process of its own; without ``sync`` the output is not forced to disk."""
+def quantize(model: Path, recipe: Path, out: Path, sync: bool = True, **options: str) -> Cost:
+    """Quantize a folder in a process of its own; without ``sync`` the output is not forced to disk.
+
+    Args:
+        options: further fields of the request.
+    """
     shutil.rmtree(out, ignore_errors=True)
-    _, cost = run_python(_WORKER, str(model), str(out), str(recipe), str(sync))
+    _, cost = run_python(_WORKER, str(model), str(out), str(recipe), str(sync), json.dumps(options))
     shutil.rmtree(out, ignore_errors=True)
     return cost
 

@@ -72,18 +72,24 @@ def largest_unit(model: Path) -> float:
 
 
 def compare_prediction(model: Path, folder: Path, method: str) -> None:
-    """One run through the command line, as users have it: what its plan promised and what its report says."""
+    """One run: what its plan promised and what its report says."""
     dataset = {"path": str(calibration_set(folder)), "max_length": TOKENS}
     spec = {"process": METHODS[method], "save": [{"type": "ascendv1_saver"}], "dataset": dataset}
-    recipe, out = folder / f"{method}.yaml", folder / "out"
+    recipe = folder / f"{method}.yaml"
     recipe.write_text(json.dumps({"apiversion": "modelslim_v1", "spec": spec}), "utf-8")  # JSON is YAML
-    command = [sys.executable, "-m", "slim_llm", "quant", "--model_type", "benchmark", "--device", "cpu", "--overwrite"]
-    paths = ["--model_path", str(model), "--save_path", str(out), "--config_path", str(recipe)]
-    subprocess.run([*command, *paths], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    report = json.loads((out / "report.json").read_text("utf-8"))
-    predicted, measured = (report[key] / 2**20 for key in ("predicted_peak_memory", "peak_memory"))
+    predicted, measured = told(model, recipe, folder / "out")
     print(f"{method}: predicted {predicted:.0f} MiB, measured {measured:.0f} ({predicted / measured:.2f})", flush=True)
+
+
+def told(model: Path, recipe: Path, out: Path, *options: str) -> tuple[float, float]:
+    """MiB that a run through the command line, as users have it, was predicted to take and did take."""
+    command = [sys.executable, "-m", "slim_llm", "quant", "--model_type", "benchmark", "--device", "cpu"]
+    command += ["--overwrite", "--force"]
+    paths = ["--model_path", str(model), "--save_path", str(out), "--config_path", str(recipe)]
+    subprocess.run([*command, *paths, *options], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    report = json.loads((out / "report.json").read_text("utf-8"))
     shutil.rmtree(out)
+    return report["predicted_peak_memory"] / 2**20, report["peak_memory"] / 2**20
 
 
 if __name__ == "__main__":

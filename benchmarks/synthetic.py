@@ -29,11 +29,16 @@ SHAPES = {
     "qwen3-0.6b": (1024, 3072, 28, 16, 8, 151936, True),
     "qwen3-4b": (2560, 9728, 36, 32, 8, 151936, True),
     "qwen2.5-14b-like": (5120, 17408, 40, 40, 8, 151936, False),
+    # As many parameters in the blocks as those of moe-4, in matrices of a usual size.
+    "dense-8": (2048, 7424, 8, 16, 8, 8192, False),
+    "moe-4": (768, 384, 4, 8, 4, 8192, False),
 }
+EXPERTS = {"moe-4": (128, 8)}
+"""How many experts a block has, and how many of them a token goes to; the intermediate size is that of one expert."""
 
 
 def write_checkpoint(name: str, folder: Path, part_bytes: int = 2 << 30) -> int:
-    """A Qwen3 checkpoint of the named shape in bf16; returns its size in bytes."""
+    """A Qwen3 or Qwen3-MoE checkpoint of the named shape in bf16; returns its size in bytes."""
     hidden, inner, blocks, heads, kv_heads, vocabulary, tied = SHAPES[name]
     head_dim = 128 if hidden > 512 else 64
     folder.mkdir(parents=True, exist_ok=True)
@@ -54,6 +59,18 @@ def write_checkpoint(name: str, folder: Path, part_bytes: int = 2 << 30) -> int:
         "max_position_embeddings": 4096,
         "rope_theta": 1000000.0,
     }
+    experts, active = EXPERTS.get(name, (0, 0))
+    if experts:
+        config |= {
+            "architectures": ["Qwen3MoeForCausalLM"],
+            "model_type": "qwen3_moe",
+            "moe_intermediate_size": inner,
+            "num_experts": experts,
+            "num_experts_per_tok": active,
+            "norm_topk_prob": True,
+            "decoder_sparse_step": 1,
+            "mlp_only_layers": [],
+        }
     (folder / "config.json").write_text(json.dumps(config, indent=2))
     for file in EXAMPLE.glob("tokenizer*"):
         shutil.copy(file, folder)
@@ -67,12 +84,17 @@ def write_checkpoint(name: str, folder: Path, part_bytes: int = 2 << 30) -> int:
             f"{at}self_attn.o_proj.weight": (hidden, heads * head_dim),
             f"{at}self_attn.q_norm.weight": (head_dim,),
             f"{at}self_attn.k_norm.weight": (head_dim,),
-            f"{at}mlp.gate_proj.weight": (inner, hidden),
-            f"{at}mlp.up_proj.weight": (inner, hidden),
-            f"{at}mlp.down_proj.weight": (hidden, inner),
             f"{at}input_layernorm.weight": (hidden,),
             f"{at}post_attention_layernorm.weight": (hidden,),
         }
+        if experts:
+            shapes[f"{at}mlp.gate.weight"] = (experts, hidden)
+        for mlp in [f"{at}mlp.experts.{expert}." for expert in range(experts)] or [f"{at}mlp."]:
+            shapes |= {
+                f"{mlp}gate_proj.weight": (inner, hidden),
+                f"{mlp}up_proj.weight": (inner, hidden),
+                f"{mlp}down_proj.weight": (hidden, inner),
+            }
     shapes["model.norm.weight"] = (hidden,)
     if not tied:
         shapes["lm_head.weight"] = (vocabulary, hidden)

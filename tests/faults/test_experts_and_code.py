@@ -158,7 +158,7 @@ def test_experts(workplace, refused, fault: Callable[..., object], what: str, re
 
 def test_nothing_is_broken_to_begin_with(workplace) -> None:
     mixture()(workplace)
-    assert workplace.run().exit_code == 0
+    assert workplace.run("--force").exit_code == 0
 
 
 CONFIG_CLASS = (

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from typing import Any, cast
 
+from slim_core.budget import UNLIMITED
 from slim_core.devices import Devices
 from slim_core.quantization.kinds import LayerKind
 from slim_core.runners.choice import RunnerChoice
 from slim_core.runners.plan import Plan, PlannedUnit
 from slim_core.runners.plan_linears import PlannedLinear
+from slim_core.runners.plan_memory import PlannedMemory
 from slim_core.runners.plan_text import render_plan, render_summary
+from slim_core.runners.prediction import Share
 from slim_core.savers.ascendv1 import AscendV1Saver, AscendV1SaverConfig
 from slim_core.savers.base import Output
 
@@ -33,7 +36,7 @@ def _plan(units: list[PlannedUnit], warnings: list[str] | None = None) -> Plan:
         streams=1,
         forwards=0,
         activation_bytes=0,
-        peak_memory=3 << 20,
+        memory=PlannedMemory((Share("all of it", 3 << 20),), UNLIMITED),
     )
 
 

@@ -80,6 +80,25 @@ def test_full_save_path_is_refused_without_overwrite(slim, quant, tmp_path: Path
     assert not (out / "mine.txt").exists()
 
 
+def test_what_no_engine_loads_is_refused_unless_forced(slim, quant, recipe: Path, tmp_path: Path) -> None:
+    four = tmp_path / "w4a8.yaml"
+    four.write_text(recipe.read_text().replace("scope: per_channel, dtype: int8", "scope: per_channel, dtype: int4"))
+    given = [str(four) if part == str(recipe) else part for part in quant()]
+    found = slim(*given)
+    assert found.exit_code == 1
+    assert "no engine can load what this recipe makes of the model" in found.stderr
+    assert "mindie-llm: loads W4A8_DYNAMIC linear layers only in groups" in found.stderr
+    assert "--force" in found.stderr
+    assert list(tmp_path.iterdir()) == [four]
+    shown = slim(*given, "--dry_run")
+    assert shown.exit_code == 0
+    assert "The run itself would be refused: spec.process: no engine" in shown.stdout
+    forced = slim(*given, "--force")
+    assert forced.exit_code == 0, forced.output
+    assert "- no engine can load" in forced.stdout
+    assert (tmp_path / "out" / "quant_model_description.json").exists()
+
+
 @pytest.mark.parametrize("literal", ["True", "False", "true", "false", "1", "0"])
 def test_trust_remote_code_takes_literals(slim, quant, monkeypatch: pytest.MonkeyPatch, literal: str) -> None:
     seen = []

@@ -242,7 +242,8 @@ def quantize(dataset: Path) -> Quantize:
         rule |= {key: options.pop(key) for key in ("include", "exclude") if key in options}
         saver = {"type": "ascendv1_saver"}
         saver |= {key: options.pop(key) for key in ("part_file_size",) if key in options}
-        request = {key: options.pop(key) for key in ("resume", "overwrite", "debug") if key in options}
+        request = {"force": True}  # how things are written does not depend on who loads them
+        request |= {key: options.pop(key) for key in ("resume", "overwrite", "debug", "force") if key in options}
         spec = {"process": [rule], "save": [saver], "dataset": str(dataset), **options}
         return LlmService().quantize(
             QuantRequest(model_path=model, save_path=save_path, model_type="tiny", device="cpu", **request),

@@ -274,7 +274,7 @@ def test_what_the_plan_and_the_report_say(model_folder: ModelFolder, dataset: Pa
     ]
     recipe = recipe_from_dict({"apiversion": "modelslim_v1", "spec": {"process": process, "dataset": str(dataset)}})
     request = QuantRequest(
-        model_path=model_folder("llama"), save_path=tmp_path / "out", model_type="tiny", device="cpu"
+        model_path=model_folder("llama"), save_path=tmp_path / "out", model_type="tiny", device="cpu", force=True
     )
     plan = LlmService().plan(request, recipe)
     assert plan.attention_counts() == {"C8 int8 per_channel": 1, "FAQuant int8 per_head": 1, "FLOAT": 1}

@@ -60,7 +60,7 @@ def quantize(model: Path, save_path: Path, qconfig: dict[str, Any], **options: A
     rule = {"type": "linear_quant", "qconfig": qconfig, "exclude": options.pop("exclude", [])}
     saver = {"type": "ascendv1_saver"} | options
     recipe = recipe_from_dict({"apiversion": "modelslim_v1", "spec": {"process": [rule], "save": [saver]}})
-    request = QuantRequest(model_path=model, save_path=save_path, model_type="tiny", device="cpu")
+    request = QuantRequest(model_path=model, save_path=save_path, model_type="tiny", device="cpu", force=True)
     LlmService().quantize(request, recipe, SilentProgress())
 
 

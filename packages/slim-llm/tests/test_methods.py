@@ -50,7 +50,7 @@ def quantize(
         "dataset": str(dataset),
     }
     return LlmService().quantize(
-        QuantRequest(model_path=model, save_path=save_path, model_type="tiny", device="cpu"),
+        QuantRequest(model_path=model, save_path=save_path, model_type="tiny", device="cpu", force=True),
         recipe_from_dict({"apiversion": "modelslim_v1", "spec": spec}),
         SilentProgress(),
     )
@@ -315,7 +315,9 @@ def test_hessians_are_given_back_with_their_block(
     gc.disable()
     try:
         LlmService().quantize(
-            QuantRequest(model_path=model_folder("qwen2"), save_path=tmp_path / "o", model_type="tiny", device="cpu"),
+            QuantRequest(
+                model_path=model_folder("qwen2"), save_path=tmp_path / "o", model_type="tiny", device="cpu", force=True
+            ),
             recipe_from_dict({"apiversion": "modelslim_v1", "spec": spec}),
             SilentProgress(),
         )

@@ -101,7 +101,7 @@ def test_odd_sizes(model: Path, dataset: Path, tmp_path: Path, case: str, leaf: 
     kind, weight, act, refusals = CASES[case]
     spec = {"process": [processor(leaf, weight, act)], "save": [{"type": "ascendv1_saver"}], "dataset": str(dataset)}
     out = tmp_path / "out"
-    request = QuantRequest(model_path=model, save_path=out, model_type="tiny", device="cpu")  # pyright: ignore
+    request = QuantRequest(model_path=model, save_path=out, model_type="tiny", device="cpu", force=True)  # pyright: ignore
     recipe = recipe_from_dict({"apiversion": "modelslim_v1", "spec": spec})
     refusal, name = refusals[leaf], f"model.layers.0.{leaf}"
     if refusal is not None:

@@ -475,7 +475,9 @@ def test_a_plan_reads_no_weights(
 
     for name in ("rows", "load"):
         monkeypatch.setattr(Checkpoint, name, refuse)
-    request = QuantRequest(model_path=model_folder("llama"), save_path=tmp_path / "o", model_type="tiny", device="cpu")
+    request = QuantRequest(
+        model_path=model_folder("llama"), save_path=tmp_path / "o", model_type="tiny", device="cpu", force=True
+    )
     spec = {
         "process": [{"type": "linear_quant", "qconfig": {"act": {}, "weight": {}}}],
         "save": [{"type": "ascendv1_saver"}],

@@ -54,7 +54,7 @@ def run(model: Path, out: Path, process: list[dict[str, Any]], dataset: dict[str
     on_plan = options.pop("on_plan", None)
     spec = {"process": process, "save": [{"type": "ascendv1_saver"}], "dataset": dataset, **options}
     return LlmService().quantize(
-        QuantRequest(model_path=model, save_path=out, model_type="tiny", device="cpu", resume=resume),
+        QuantRequest(model_path=model, save_path=out, model_type="tiny", device="cpu", force=True, resume=resume),
         recipe_from_dict({"apiversion": "modelslim_v1", "spec": spec}),
         SilentProgress(),
         on_plan,

@@ -47,8 +47,9 @@ def quantize(request: QuantRequest) -> None:
         return
     from slim_core.runners.plan_text import render_plan
 
-    say(render_plan(service.plan(request, recipe)))
-    if problem:
+    plan = service.plan(request, recipe)
+    say(render_plan(plan))
+    if problem := problem or plan.refusal:
         say(f"\nThe run itself would be refused: {problem}")
 
 

@@ -93,6 +93,7 @@ def make_request(model: type[R], given: Mapping[str, Any]) -> R:
         return model(**{name: value for name, value in given.items() if value is not None and value != []})
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
+        own: Any = first.get("ctx", {}).get("error")  # what a validator of the request says, in its own words
         raise SchemaValidateError(
-            f"got {first['input']!r}: {first['msg'].lower()}", where=f"--{first['loc'][0]}"
+            f"got {first['input']!r}: {own or first['msg'].lower()}", where=f"--{first['loc'][0]}"
         ) from error

@@ -12,8 +12,9 @@ from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
+from slim_core.budget import UNLIMITED, MemoryBudget, parse_budget
 from slim_core.errors import EnvError, UnsupportedError
 
 if TYPE_CHECKING:
@@ -49,9 +50,23 @@ class QuantRequest(BaseModel):
     trust_remote_code: bool = Field(False, description="Run Python code that ships with the model: True or False")
     dry_run: bool = Field(False, description="Print the plan and stop; writes nothing")
     overwrite: bool = Field(False, description="Replace a non-empty save_path once the new output is complete")
+    force: bool = Field(False, description="Only warn if no engine can load what the recipe makes of the model")
+    max_memory: str | None = Field(None, description="Memory the run may take, e.g. host=8GiB,device=20GiB")
     resume: bool = Field(False, description="Continue an interrupted run into the same save_path")
     yes: bool = Field(False, description="Answer yes to the question about a fall-back practice")
     debug: bool = Field(False, description="Write debug_info with the statistics of every layer; show tracebacks")
+
+    @field_validator("max_memory")
+    @classmethod
+    def _is_a_budget(cls, value: str | None) -> str | None:
+        if value is not None:
+            parse_budget(value)
+        return value
+
+    @property
+    def memory_budget(self) -> MemoryBudget:
+        """What ``max_memory`` says; nothing if it was not given."""
+        return UNLIMITED if self.max_memory is None else parse_budget(self.max_memory)
 
 
 class EvalRequest(BaseModel):

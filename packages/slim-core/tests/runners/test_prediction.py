@@ -7,9 +7,11 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import torch
+from torch import nn
 
 from slim_core.checkpoint.source import TensorMeta
 from slim_core.memory import KEPT_BY_THE_HEAP
+from slim_core.model.experts import ExpertLayer
 from slim_core.model.units import LinearInfo, StreamedModel, Unit
 from slim_core.processors.base import Assignment, Processor
 from slim_core.processors.float_sparse import FloatSparse, FloatSparseConfig
@@ -17,7 +19,7 @@ from slim_core.processors.linear_quant import LinearQuant, LinearQuantConfig
 from slim_core.quantization.kinds import LayerForm, LayerKind
 from slim_core.quantization.statistics import Need
 from slim_core.runners.choice import RunnerChoice
-from slim_core.runners.prediction import Calibration, peak_memory
+from slim_core.runners.prediction import Calibration, memory_shares
 
 HIDDEN, INNER = 2048, 8192
 SHAPES = {
@@ -31,6 +33,9 @@ SHAPES = {
 }
 LAYER_WISE, MODEL_WISE = RunnerChoice("layer_wise", ""), RunnerChoice("model_wise", "")
 BLOCK = 2 * sum(out * width for out, width in SHAPES.values())
+
+
+NO_MODULES = SimpleNamespace(get_submodule=lambda name: nn.Identity())
 
 
 def linears(block: int) -> tuple[LinearInfo, ...]:
@@ -52,7 +57,7 @@ def model(blocks: int = 2) -> StreamedModel:
         for i in range(blocks)
     ]
     source = SimpleNamespace(meta=metas.__getitem__)
-    return cast("StreamedModel", SimpleNamespace(units=units, source=source, dtype=torch.bfloat16))
+    return cast("StreamedModel", SimpleNamespace(units=units, source=source, dtype=torch.bfloat16, module=NO_MODULES))
 
 
 def names(blocks: int = 2) -> list[str]:
@@ -70,7 +75,8 @@ def peak(
     blocks: int = 2,
 ) -> int:
     owned = {name: Assignment(LayerForm(LayerKind.W8A8), "process[0]", "") for name in names(blocks)}
-    return peak_memory(model(blocks), runner, processors, owned, needs or {}, calibration)
+    shares = memory_shares(model(blocks), runner, processors, owned, needs or {}, calibration)
+    return sum(share.nbytes for share in shares)
 
 
 class Takes(Processor):
@@ -113,6 +119,15 @@ def test_processors_take_turns_but_what_is_reshaped_stays() -> None:
     assert peak(processors=[Takes(large), Takes(large // 2, reshapes=True)]) == alone + large // 2
 
 
+def test_reshaped_weights_are_copied_only_for_another_run() -> None:
+    class Copies(Takes):
+        def copied_bytes(self, linears: Any) -> int:
+            return 3 << 20
+
+    again, not_again = (peak(Calibration(0, runs_again=one), [Copies(1 << 30, reshapes=True)]) for one in (True, False))
+    assert again - not_again == 3 << 20
+
+
 def test_activations_and_layers_that_wait() -> None:
     assert peak(Calibration(5 << 20)) - peak(Calibration(0)) == 5 << 20
     assert peak(Calibration(0, keeps_layers=True)) > peak() + BLOCK // 2
@@ -139,3 +154,69 @@ def test_what_methods_need_for_the_linear_at_work() -> None:
     assert gptq.working_bytes(infos, {}) == 0
     theirs = {infos[6].name: Assignment(LayerForm(LayerKind.W16A16S), "process[1]", "")}
     assert sparse.working_bytes(infos, theirs) == 8 * INNER**2 + 15 * HIDDEN * INNER + (40 << 20)
+
+
+EXPERTS, WIDE, NARROW = 6, 512, 192
+PLACES = {"gate_proj": (NARROW, WIDE), "up_proj": (NARROW, WIDE), "down_proj": (WIDE, NARROW)}
+
+
+def mixture(dtype: torch.dtype = torch.float32) -> tuple[StreamedModel, dict[str, tuple[ExpertLayer, ...]]]:
+    """Two blocks of experts and one other linear, and the layers of experts."""
+    units, layers, metas = [], {}, {}
+    for block in range(2):
+        shapes = {f"layers.{block}.o_proj": (WIDE, WIDE)}
+        numbered = {
+            number: {place: f"layers.{block}.mlp.experts.{number}.{place}" for place in PLACES}
+            for number in range(EXPERTS)
+        }
+        shapes |= {name: PLACES[place] for one in numbered.values() for place, name in one.items()}
+        infos = tuple(LinearInfo(name, name, width, out, False, True) for name, (out, width) in shapes.items())
+        weights = {f"{name}.weight": f"{name}.weight" for name in shapes}
+        metas |= {f"{name}.weight": TensorMeta("", dtype, shape) for name, shape in shapes.items()}
+        units.append(Unit(f"layers.{block}", block, weights, weights, infos))
+        layers[f"layers.{block}"] = (ExpertLayer(f"layers.{block}.mlp.experts", numbered),)
+    source = SimpleNamespace(meta=metas.__getitem__)
+    found = SimpleNamespace(units=units, source=source, dtype=dtype, module=NO_MODULES)
+    return cast("StreamedModel", found), layers
+
+
+def test_of_experts_one_at_a_time_is_in_memory() -> None:
+    """What processors leave of the weights that they reshape goes with them; statistics of all stay."""
+    model, layers = mixture()
+    names = [info.name for unit in model.units for info in unit.linears]
+    owned = {name: Assignment(LayerForm(LayerKind.W8A8), "process[0]", "") for name in names}
+    needs = dict.fromkeys(names, frozenset({Need.HESSIAN}))
+    whole, one = (
+        memory_shares(model, LAYER_WISE, [Reshapes()], owned, needs, NOTHING_WAITS, experts) for experts in ({}, layers)
+    )
+    assert [share.what for share in whole][1:] == [share.what for share in one][1:]
+    saved = [before.nbytes - after.nbytes for before, after in zip(whole, one, strict=True)]
+    expert = 4 * 3 * WIDE * NARROW
+    assert saved[0] == (EXPERTS - 1) * expert
+    assert saved[3] == (EXPERTS - 1) * expert
+    assert sum(saved) == saved[0] + saved[3]
+    assert one[0].nbytes == 4 * WIDE * WIDE + expert
+    assert one[1].what == "Hessians of the inputs of layers.0"
+    assert one[1].nbytes == 4 * (WIDE**2 + EXPERTS * (WIDE**2 + NARROW**2))
+
+
+def test_kernels_for_the_tokens_of_experts() -> None:
+    """The library has those of float32 ready, and more tokens than in a sample need none."""
+    waits = Calibration(0, tokens=256)
+    half, full = (memory_shares(mixture(t)[0], LAYER_WISE, [], {}, {}, waits) for t in (torch.bfloat16, torch.float32))
+    assert half[-1].nbytes == 256 << 20
+    assert full[-1].nbytes == 0
+    few = memory_shares(mixture(torch.bfloat16)[0], LAYER_WISE, [], {}, {}, Calibration(0, tokens=64))
+    assert few[-1].nbytes == 64 << 20
+    dense = memory_shares(model(), LAYER_WISE, [], {}, {}, waits)
+    assert dense[-1].nbytes == 0
+
+
+class Reshapes(Processor):
+    reshapes = True
+
+    def __init__(self) -> None:
+        super().__init__(None, "process[0]")
+
+    def working_bytes(self, linears: Any, assignments: Any) -> int:
+        return 4 * sum(info.in_features * info.out_features for info in linears)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from slim_core.model.attention import AttentionInfo
+from slim_core.quantization.attention import AttentionForm, AttentionKind, StateForm
 from slim_core.quantization.kinds import LayerForm, LayerKind
 from slim_core.savers.loaders import (
     engines,
@@ -11,6 +13,7 @@ from slim_core.savers.loaders import (
     layer_class,
     lost_biases,
     mixed_fusions,
+    no_engine,
     obstacle,
     reads_ascendv1,
     refused_together,
@@ -148,3 +151,63 @@ def test_biases_without_a_place() -> None:
     kinds = {"a": LayerKind.W8A8, "b": LayerKind.W8A8S, "c": LayerKind.W8A8_MIX, "d": "FLOAT", "e": LayerKind.FLOAT}
     assert lost_biases(kinds) == {"W8A8_MIX": ["c"], "FLOAT": ["d", "e"]}
     assert lost_biases({}) == {}
+
+
+LINEAR, EXPERT = "l.0.mlp.up_proj", "l.0.mlp.experts.0.up_proj"
+GROUPED, PER_CHANNEL = LayerForm(LayerKind.W4A8_DYNAMIC, 64), LayerForm(LayerKind.W4A8_DYNAMIC)
+
+
+@pytest.mark.parametrize(
+    ("layers", "stops"),
+    [
+        ({LINEAR: LayerForm(LayerKind.W8A8), EXPERT: LayerForm(LayerKind.W8A8_DYNAMIC)}, None),
+        ({LINEAR: GROUPED}, None),  # of MindIE
+        ({LINEAR: LayerForm(LayerKind.W8A8S)}, None),  # of the 310P build
+        ({LINEAR: LayerForm(LayerKind.WFP8AFP8_DYNAMIC)}, None),  # under another name
+        ({LINEAR: LayerKind.FLOAT}, None),
+        (
+            {EXPERT: LayerForm(LayerKind.W8A8)},
+            ["has no class for W8A8 experts layers (e.g. l.0.mlp.experts.0.up_proj)"],
+        ),
+        ({LINEAR: PER_CHANNEL}, ["has no class for W4A8_DYNAMIC linear layers", "only in groups, not per channel"]),
+        # Each has its engine, both together have none.
+        (
+            {LINEAR: GROUPED, "l.0.mlp.down_proj": LayerForm(LayerKind.W4A4_DYNAMIC)},
+            ["vllm-ascend-310p: has no class for W4A8_DYNAMIC", "mindie-llm: has no class for W4A4_DYNAMIC"],
+        ),
+        (
+            {EXPERT: PER_CHANNEL, LINEAR: LayerForm(LayerKind.W8A8_MXFP8)},
+            ["only in models without grouped or MX layers"],
+        ),
+    ],
+)
+def test_what_no_engine_loads(layers: dict[str, LayerForm | LayerKind], stops: list[str] | None) -> None:
+    found = no_engine(layers, dict.fromkeys(layers, 128), {}, {})
+    if stops is None:
+        assert found is None
+    else:
+        assert found is not None
+        assert all(text in found for text in stops)
+        assert all(engine in found for engine in ("vllm-ascend", "vllm-ascend-310p", "mindie-llm"))
+        assert "mindie-sd" not in found  # it reads another format
+
+
+@pytest.mark.parametrize(
+    ("kind", "loads_cache", "loads_kernel"),
+    [
+        (LayerKind.W8A8, True, True),
+        (LayerKind.W4A4_DYNAMIC, True, False),  # vllm-ascend has the kernel for latent attention only
+        (LayerKind.W4A16, True, True),
+    ],
+)
+def test_attentions_count_too(kind: LayerKind, loads_cache: bool, loads_kernel: bool) -> None:
+    channel, head = StateForm("int8", "per_channel"), StateForm("int8", "per_head")
+    info = AttentionInfo("l.0.self_attn", "l.0.self_attn", 4, 2, 16, 16)
+    for form, loads in (
+        (AttentionForm(AttentionKind.C8, None, channel, channel), loads_cache),
+        (AttentionForm(AttentionKind.FAQUANT, head, head, head), loads_kernel),
+        (AttentionForm(AttentionKind.FAQUANT, *[StateForm("fp8_e4m3", "per_head")] * 3), False),
+    ):
+        found = no_engine({LINEAR: LayerForm(kind)}, {}, {}, {info: form})
+        assert (found is None) == loads
+        assert found is None or "(e.g. l.0.self_attn)" in found

@@ -102,6 +102,8 @@ class _Job:
             stage_bytes=self._activation_bytes,
             extra_samples=self.extra_samples,
             example=lambda: example_input(self.model),
+            force=self.request.force,
+            budget=self.request.memory_budget,
         )
 
     def _activation_bytes(self, dataset: DatasetConfig) -> int:

@@ -259,7 +259,9 @@ def test_processors_that_have_no_business_ahead(model_folder: ModelFolder, quant
 
 
 def test_the_plan_tells_of_the_stage(model_folder: ModelFolder, dataset: Path, tmp_path: Path) -> None:
-    request = QuantRequest(model_path=model_folder("qwen3_moe"), save_path=tmp_path / "o", model_type="t", device="cpu")
+    request = QuantRequest(
+        model_path=model_folder("qwen3_moe"), save_path=tmp_path / "o", model_type="t", device="cpu", force=True
+    )
     spec = {"prior": prior(FIRST | {"max_samples": 100}), "process": [SECOND, DYNAMIC], "dataset": str(dataset)}
     plan = LlmService().plan(request, recipe_from_dict({"apiversion": "modelslim_v1", "spec": spec}))
     text = render_summary(plan)
@@ -287,7 +289,9 @@ def test_the_recipe_as_run_can_be_run_again(
         | {"down_proj_online_layers": []}
     )
     LlmService().quantize(
-        QuantRequest(model_path=model_folder("llama"), save_path=tmp_path / "again", model_type="tiny", device="cpu"),
+        QuantRequest(
+            model_path=model_folder("llama"), save_path=tmp_path / "again", model_type="tiny", device="cpu", force=True
+        ),
         recipe_from_dict(recipe),
         SilentProgress(),
     )

@@ -83,7 +83,7 @@ def test_without_data_there_is_no_forward_but_the_proof_and_weights_are_read_onc
         rows.clear()
 
     LlmService().quantize(
-        QuantRequest(model_path=folder, save_path=tmp_path / "out", model_type="tiny", device="cpu"),
+        QuantRequest(model_path=folder, save_path=tmp_path / "out", model_type="tiny", device="cpu", force=True),
         recipe_from_dict(
             {"apiversion": "modelslim_v1", "spec": {"process": [QUAROT, DYNAMIC], "dataset": "none.jsonl"}}
         ),
@@ -128,7 +128,7 @@ def test_the_plan_says_what_is_rotated(model_folder: ModelFolder, dataset: Path,
     from slim_core.runners.plan_text import render_summary
 
     request = QuantRequest(
-        model_path=model_folder("deepseek_v3"), save_path=tmp_path / "out", model_type="tiny", device="cpu"
+        model_path=model_folder("deepseek_v3"), save_path=tmp_path / "out", model_type="tiny", device="cpu", force=True
     )
     spec = {"process": [QUAROT, DYNAMIC], "dataset": str(dataset)}
     plan = LlmService().plan(request, recipe_from_dict({"apiversion": "modelslim_v1", "spec": spec}))

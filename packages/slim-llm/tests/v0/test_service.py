@@ -45,7 +45,7 @@ def workplace(dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def request(model: Path, out: Path, **options: Any) -> QuantRequest:
-    return QuantRequest(model_path=model, save_path=out, model_type="tiny", device="cpu", **options)
+    return QuantRequest(model_path=model, save_path=out, model_type="tiny", device="cpu", force=True, **options)
 
 
 def run(model: Path, out: Path, recipe: Recipe) -> RunResult:

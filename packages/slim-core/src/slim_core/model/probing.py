@@ -8,19 +8,23 @@ between or a wrong layout of heads changes it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
+from slim_core.model.changes import Change, changed, enlarging, of_norm, with_columns, with_rows
+from slim_core.model.expert_weights import ExpertsOnCall
 from slim_core.model.skeleton import named_modules
 from slim_core.model.subgraphs import PRIORITY, GivenSubgraph, Subgraph, candidates, is_norm
 
-__all__ = ["BlockProbe", "Findings", "changed", "enlarging"]
+__all__ = ["BlockProbe", "Findings"]
 
 _TOKENS = 64
+_COPIES = 64 << 20
 _FACTORS = torch.tensor([0.25, 0.5, 1.0, 2.0, 4.0])
 # What may be left of the change that the source alone makes: next to nothing, since powers of two round nothing. Only
 # the weight of a (1 + weight) norm is rounded, by up to 2^-9 in bfloat16.
@@ -47,15 +51,22 @@ class BlockProbe:
         block: dotted name of the block.
         run: runs the block on one sample and returns its hidden states; always the same sample.
         given: subgraphs that names do not tell.
+        on_call: the experts of the block, where they hold their parameters only while they are called.
     """
 
     def __init__(
-        self, root: nn.Module, block: str, run: Callable[[], Tensor], given: Sequence[GivenSubgraph] = ()
+        self,
+        root: nn.Module,
+        block: str,
+        run: Callable[[], Tensor],
+        given: Sequence[GivenSubgraph] = (),
+        on_call: ExpertsOnCall | None = None,
     ) -> None:
         self._root = root
         self._block = block
         self._run = run
         self._given = given
+        self._on_call = on_call
         self._readers = dict(matrices(root, block))
         with self._outputs_watched() as self._made:
             self._output, self._inputs = self._forward(self._readers)
@@ -68,13 +79,13 @@ class BlockProbe:
         """Everything that can be smoothed in this block."""
         found = Findings()
         layouts: dict[tuple[str, str], int] = {}
-        idle: list[list[Subgraph]] = []
-        for options in candidates(self._root, self._block, self._given):
+        every = list(candidates(self._root, self._block, self._given))
+        ran = [options for options in every if len(self._inputs.get(options[0].source, ()))]
+        idle = [options for options in every if not len(self._inputs.get(options[0].source, ()))]
+        known = self._proved(ran)
+        for options in ran:
             source = options[0].source
-            if not len(self._inputs.get(source, ())):
-                idle.append(options)
-                continue
-            proved = next((number for number, graph in enumerate(options) if self.holds(graph)), None)
+            proved = known.get(source)
             if proved is None:
                 found.refused[source] = (
                     f"scaling it and {options[0].targets[0]} against each other changes what the block computes"
@@ -93,6 +104,34 @@ class BlockProbe:
             if is_norm(module):
                 self._norm(f"{self._block}.{name}", module, found)
         return found.sorted()
+
+    def _proved(self, ran: Sequence[list[Subgraph]]) -> dict[str, int]:
+        """By source, which of its options holds. Those of experts are tried together first: mostly all of them hold."""
+        alike: dict[tuple[tuple[str, str], int], list[list[Subgraph]]] = {}
+        for options in ran:
+            alike.setdefault((sibling(options[0].source), len(options)), []).append(options)
+        proved: dict[str, int] = {}
+        for group in alike.values():
+            for some in self._portions(group):
+                numbers = range(len(some[0]))
+                all_hold = (n for n in numbers if len(some) > 1 and self._hold([options[n] for options in some]))
+                together = next(all_hold, None)
+                for options in some:
+                    one_holds = (n for n in numbers if self.holds(options[n]))
+                    number = next(one_holds, None) if together is None else together
+                    if number is not None:
+                        proved[options[0].source] = number
+        return proved
+
+    def _portions(self, group: list[list[Subgraph]]) -> Iterator[list[list[Subgraph]]]:
+        """Parts of a group of which changed copies can be in memory; all of it where they come and go with experts."""
+        if self._on_call is not None:
+            yield group
+            return
+        names = [name for graph in group[0] for name in (graph.source, *graph.targets)]
+        each = sum(self._readers[name].get_parameter("weight").nbytes for name in set(names) & self._readers.keys())
+        count = max(1, _COPIES // max(each, 1))
+        yield from (group[start : start + count] for start in range(0, len(group), count))
 
     def _chained(self, found: Findings) -> None:
         """Linears whose output others are given as it is, such as the halves of a low rank."""
@@ -130,7 +169,9 @@ class BlockProbe:
         """The matrices whose input is the output of a norm, in the order in which they are called."""
         width = norm.get_parameter("weight").shape[0]
         scale = self._scale_of(width)
-        with self._changed(_scaled_norm(name, norm, scale, plus_one)):
+        parts = [part for part in ("weight", "bias") if norm._parameters.get(part) is not None]  # pyright: ignore
+        scaled = {f"{name}.{part}": partial(of_norm, scale, plus_one and part == "weight") for part in parts}
+        with self._changed(scaled):
             _, after = self._forward({reader: m for reader, m in self._readers.items() if _width(m) == width})
         direct = [reader for reader, x in after.items() if self._is_scaled(reader, x, scale)]
         return direct + self._experts(direct) if direct else []
@@ -195,45 +236,53 @@ class BlockProbe:
         The measure is what the scaled source does to the output when the targets are left as they are. What comes out
         of a linear is also enlarged as a whole, since it may be clipped where this sample does not reach.
         """
-        scale = self._scale_of(graph.scales)
-        with self._changed(self._divided(graph, scale)):
-            alone, _ = self._forward({})
+        return self._hold([graph])
+
+    def _hold(self, graphs: Sequence[Subgraph]) -> bool:
+        """Whether all of these hold; they share no weight."""
+        scales = [self._scale_of(graph.scales) for graph in graphs]
+        alone = self._with(map(self._divided, graphs, scales))
         effect = float((alone - self._output).abs().max())
-        rounded = graph.plus_one and self._output_dtype != torch.float32
+        rounded = any(graph.plus_one for graph in graphs) and self._output_dtype != torch.float32
         limit = (_TOLERANCE_OF_ROUNDED if rounded else _TOLERANCE) * effect
-        if not (effect > 0 and self._left(graph, scale) <= limit):
+        if not (effect > 0 and self._left(graphs, scales) <= limit):
             return False
-        return graph.rows is None or self._left(graph, enlarging(graph.scales, self._output_dtype)) <= limit
+        enlarged = [graph for graph in graphs if graph.rows is not None]
+        large = [enlarging(graph.scales, self._output_dtype) for graph in enlarged]
+        return not enlarged or self._left(enlarged, large) <= limit
 
-    def _left(self, graph: Subgraph, scale: Tensor) -> float:
-        """How much the output changes when a scale moves from the source to the targets."""
-        with self._changed(self._multiplied(graph, scale) | self._divided(graph, scale)):
-            output, _ = self._forward({})
-        return float((output - self._output).abs().max())
+    def _left(self, graphs: Sequence[Subgraph], scales: Sequence[Tensor]) -> float:
+        """How much the output changes when scales move from the sources to the targets."""
+        moved = [*map(self._multiplied, graphs, scales), *map(self._divided, graphs, scales)]
+        return float((self._with(moved) - self._output).abs().max())
 
-    def _multiplied(self, graph: Subgraph, scale: Tensor) -> dict[str, Tensor]:
-        changes: dict[str, Tensor] = {}
-        for target in graph.targets:
-            weight = self._root.get_parameter(f"{target}.weight")
-            columns = graph.spread(scale).to(weight.device)
-            changes[f"{target}.weight"] = (weight.float() * columns).to(weight.dtype)
-        return changes
+    def _with(self, changes: Iterable[Mapping[str, Change]]) -> Tensor:
+        """The output with these changes."""
+        with self._changed({name: change for several in changes for name, change in several.items()}):
+            return self._forward({})[0]
 
-    def _divided(self, graph: Subgraph, scale: Tensor) -> dict[str, Tensor]:
+    def _multiplied(self, graph: Subgraph, scale: Tensor) -> dict[str, Change]:
+        columns = graph.spread(scale)
+        return {f"{target}.weight": partial(with_columns, columns) for target in graph.targets}
+
+    def _divided(self, graph: Subgraph, scale: Tensor) -> dict[str, Change]:
         module = self._root.get_submodule(graph.source)
+        parts = [part for part in ("weight", "bias") if module._parameters.get(part) is not None]  # pyright: ignore
         if graph.rows is None:
-            return _scaled_norm(graph.source, module, 1 / scale, graph.plus_one)
-        changes: dict[str, Tensor] = {}
-        for part in ("weight", "bias"):
-            value = module._parameters.get(part)  # pyright: ignore[reportPrivateUsage]
-            if value is not None:
-                changed, rows = value.float().clone(), graph.rows.to(value.device)
-                changed[rows] = changed[rows] / scale.to(value.device).view(-1, *[1] * (value.dim() - 1))
-                changes[f"{graph.source}.{part}"] = changed.to(value.dtype)
-        return changes
+            return {
+                f"{graph.source}.{part}": partial(of_norm, 1 / scale, graph.plus_one and part == "weight")
+                for part in parts
+            }
+        return {f"{graph.source}.{part}": partial(with_rows, graph.rows, scale) for part in parts}
 
-    def _changed(self, values: Mapping[str, Tensor]) -> AbstractContextManager[None]:
-        return changed(self._root, values)
+    @contextmanager
+    def _changed(self, changes: Mapping[str, Change]) -> Generator[None]:
+        """Within this context parameters have other values; those of experts on call whenever they are read."""
+        on_call = self._on_call
+        later = {name: change for name, change in changes.items() if on_call and name in on_call.owners}
+        values = {n: change(self._root.get_parameter(n)) for n, change in changes.items() if n not in later}
+        with changed(self._root, values), on_call.changed(later) if on_call else nullcontext():
+            yield
 
     def _forward(self, watched: Mapping[str, nn.Module]) -> tuple[Tensor, dict[str, Tensor]]:
         """The output, float32 ``(tokens, channels)``, and the first tokens of the inputs of some modules."""
@@ -259,24 +308,6 @@ class BlockProbe:
         return output.detach().reshape(-1, output.shape[-1]).float(), inputs
 
 
-def enlarging(size: int, dtype: torch.dtype) -> Tensor:
-    """Equal scales that make what is divided by them far larger, as far as the dtype bears it."""
-    return torch.full((size,), 2.0**-4 if dtype == torch.float16 else 2.0**-8)
-
-
-@contextmanager
-def changed(root: nn.Module, values: Mapping[str, Tensor]) -> Generator[None]:
-    """Within this context these parameters have other values."""
-    kept = {name: root.get_parameter(name) for name in values}
-    try:
-        for name, value in values.items():
-            _set(root, name, nn.Parameter(value, requires_grad=False))
-        yield
-    finally:
-        for name, parameter in kept.items():
-            _set(root, name, parameter)
-
-
 def matrices(root: nn.Module, block: str) -> Iterable[tuple[str, nn.Module]]:
     """Everything in a block that multiplies its input by a matrix ``weight`` ``(out, in)``: linears and routers."""
     for name, module in named_modules(root.get_submodule(block)):
@@ -289,18 +320,6 @@ def _width(module: nn.Module) -> int:
     return module.get_parameter("weight").shape[1]
 
 
-def _scaled_norm(name: str, norm: nn.Module, scale: Tensor, plus_one: bool) -> dict[str, Tensor]:
-    """The parameters of a norm whose output is to be multiplied by a scale."""
-    changes: dict[str, Tensor] = {}
-    for part in ("weight", "bias"):
-        value = norm._parameters.get(part)  # pyright: ignore[reportPrivateUsage]
-        if value is not None:
-            shift = 1.0 if plus_one and part == "weight" else 0.0
-            changed = (value.float() + shift) * scale.to(value.device) - shift
-            changes[f"{name}.{part}"] = changed.to(value.dtype)
-    return changes
-
-
 def sibling(name: str) -> tuple[str, str]:
     """Equal for the same leaf of different experts: the name without its last number, split there."""
     parts = name.split(".")
@@ -311,8 +330,3 @@ def sibling(name: str) -> tuple[str, str]:
 def _rows_of(x: Tensor, rows: Tensor) -> bool:
     """Whether every row of ``x`` is one of ``rows``."""
     return bool((x[:8].unsqueeze(1) == rows.unsqueeze(0)).all(2).any(1).all())
-
-
-def _set(root: nn.Module, name: str, parameter: nn.Parameter) -> None:
-    path, _, leaf = name.rpartition(".")
-    setattr(root.get_submodule(path), leaf, parameter)

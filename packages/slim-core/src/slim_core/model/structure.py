@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from slim_core.model.expert_weights import loaded
 from slim_core.model.probing import BlockProbe, Findings
 from slim_core.model.query_keys import KeyFindings, QueryKey, Side, find_query_key
 from slim_core.model.skeleton import named_modules
@@ -80,6 +81,7 @@ def discover(
     *,
     query_keys: bool = False,
     outside: StreamedModel | None = None,
+    by_expert: bool = False,
 ) -> Structure:
     """Find and prove the subgraphs of every block.
 
@@ -88,6 +90,7 @@ def discover(
         query_keys: also find where scales can move from keys to queries.
         outside: where to take from what lies outside the blocks, if not from the model: another view of the same, whose
             tensors can be had for less. Proofs hold for whatever hidden states a block is given.
+        by_expert: have the weights of one routed expert at a time in memory.
 
     Raises:
         InvalidModelError: the model does not run its blocks once each, in order.
@@ -104,7 +107,7 @@ def discover(
             for unit in blocks:
                 kind = kind_of(model, unit)
                 if kind not in known:
-                    known[kind] = unit.name, *_probe(model, unit, forward, query_keys)
+                    known[kind] = unit.name, *_probe(model, unit, forward, query_keys, by_expert)
                 first, findings, of_keys, output = known[kind]
                 found[unit.name] = _renamed(findings, first, unit.name)
                 keys[unit.name] = _renamed_keys(of_keys, first, unit.name)
@@ -134,17 +137,16 @@ _PLACES = frozenset({"layer_idx", "layer_id", "layer_index", "layer_number", "tr
 
 
 def _probe(
-    model: StreamedModel, unit: Unit, forward: SuspendedForward, query_keys: bool
+    model: StreamedModel, unit: Unit, forward: SuspendedForward, query_keys: bool, by_expert: bool
 ) -> tuple[Findings, KeyFindings, Any]:
     """The findings of the block that the sample is suspended at, and what the block makes of the sample."""
     call = forward.call(0)
-    model.load(unit.parameters, torch.device("cpu"))
-    try:
+    with loaded(model, unit, torch.device("cpu"), by_expert=by_expert) as on_call:
 
         def run() -> Tensor:
             return _hidden(forward.compute(call))
 
-        findings = BlockProbe(model.module, unit.name, run, model.subgraphs).findings()
+        findings = BlockProbe(model.module, unit.name, run, model.subgraphs, on_call).findings()
         _refuse_shared(unit, findings)
         keys = KeyFindings()
         for info in unit.attentions if query_keys else ():
@@ -154,8 +156,6 @@ def _probe(
             else:
                 keys.found.append(place)
         return findings, keys, forward.compute(call)
-    finally:
-        model.unload(unit.parameters)
 
 
 def _refuse_shared(unit: Unit, findings: Findings) -> None:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-__all__ = ["decibels", "energy", "for_each_block", "on_one_thread", "rows_per_block"]
+__all__ = ["decibels", "energy", "for_each_block", "on_one_thread", "rows_per_block", "side_by_side"]
 
 _T = TypeVar("_T")
 _linalg: Any = torch.linalg  # its members have no types
@@ -32,9 +33,13 @@ def rows_per_block(width: int, device: torch.device | None) -> int:
 
 
 def for_each_block(work: Callable[[int], _T], starts: range) -> list[_T]:
-    """What ``work`` gives for the first row of every block, in their order."""
+    """What ``work`` gives for the first row of every block, in their order.
+
+    A single block is computed by one thread too: where it is shared out, threads wait for each other longer than they
+    compute, and many times longer where something else keeps the machine busy.
+    """
     threads = torch.get_num_threads()
-    if threads <= 1 or len(starts) <= 1:
+    if threads <= 1:
         return [work(start) for start in starts]
     return list(_pool(threads).map(work, starts))
 
@@ -43,6 +48,25 @@ def on_one_thread(work: Callable[[], _T]) -> _T:
     """What ``work`` gives, computed by one thread: its many small operations would only wait for each other's ends."""
     threads = torch.get_num_threads()
     return work() if threads <= 1 else _pool(threads).submit(work).result()
+
+
+def side_by_side(jobs: Iterable[Callable[[], _T]]) -> Iterator[_T]:
+    """What the jobs give, in their order; as many run at a time as torch may use threads, each on one of them."""
+    threads = torch.get_num_threads()
+    if threads <= 1:
+        yield from (job() for job in jobs)
+        return
+    running: deque[Future[_T]] = deque()
+    try:
+        for job in jobs:
+            running.append(_pool(threads).submit(job))
+            if len(running) > threads:
+                yield running.popleft().result()
+        while running:
+            yield running.popleft().result()
+    finally:
+        for left in running:
+            left.cancel()
 
 
 def energy(values: Tensor) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from slim_core.budget import UNLIMITED, MemoryBudget
 from slim_core.devices import Devices, free_device_memory, free_host_memory
 from slim_core.errors import UnsupportedError
 from slim_core.model.units import StreamedModel, Unit
@@ -36,10 +37,13 @@ def unit_bytes(model: StreamedModel, unit: Unit) -> int:
     return sum(model.source.meta(name).nbytes for name in set(unit.tensors.values()))
 
 
-def choose_runner(requested: str, model: StreamedModel, devices: Devices, *, needs_data: bool) -> RunnerChoice:
+def choose_runner(
+    requested: str, model: StreamedModel, devices: Devices, *, needs_data: bool, budget: MemoryBudget = UNLIMITED
+) -> RunnerChoice:
     """Settle ``spec.runner``.
 
-    ``auto`` weighs the size of the model and of its largest unit against the free memory of host and device.
+    ``auto`` weighs the size of the model and of its largest unit against the free memory of host and device, as far as
+    the budget allows to take it.
 
     Raises:
         UnsupportedError: ``dp_layer_wise``, which this version does not have.
@@ -55,10 +59,10 @@ def choose_runner(requested: str, model: StreamedModel, devices: Devices, *, nee
     gib = 1 << 30
     blocks = [unit_bytes(model, unit) for unit in model.units if unit.block is not None]
     total, largest = sum(blocks), max(blocks, default=0)
-    free = free_device_memory(devices.first)
+    free, host = free_device_memory(devices.first), free_host_memory()
     sizes = (
         f"blocks {total / gib:.2f} GiB, largest {largest / gib:.3f} GiB, "
-        f"free {devices.first.type} memory {free / gib:.1f} GiB, host {free_host_memory() / gib:.1f} GiB"
+        f"free {devices.first.type} memory {free / gib:.1f} GiB, host {host / gib:.1f} GiB"
     )
     several = f"; {len(devices.indices)} devices given, the first is used" if len(devices.indices) > 1 else ""
     if not needs_data:
@@ -67,6 +71,6 @@ def choose_runner(requested: str, model: StreamedModel, devices: Devices, *, nee
         )
     if devices.kind == "cpu":
         return RunnerChoice("layer_wise", f"on the CPU weights are mapped from disk either way ({sizes}){several}")
-    if total * _HEADROOM < free and total < free_host_memory():
+    if total * _HEADROOM < min(free, budget.device or free) and total < min(host, budget.host or host):
         return RunnerChoice("model_wise", f"all blocks fit on the device ({sizes}){several}")
     return RunnerChoice("layer_wise", f"the blocks do not all fit on the device ({sizes}){several}")

@@ -9,12 +9,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from slim_core.model.experts import ExpertLayer
-from slim_core.quantization.kinds import LayerKind
-from slim_core.quantization.statistics import InputObserver, InputStatistics, Need
+from slim_core.quantization.statistics import InputObserver, InputStatistics
 from slim_core.runners.calibration import BlockForwards
 from slim_core.runners.expert_routing import RoutedTokens
 from slim_core.runners.plan import Plan
 from slim_core.runners.plan_experts import ExpertQuota
+from slim_core.runners.plan_rules import weight_rule
 from slim_core.runners.records import ExpertRecord, RunResult, StarvedExpert
 
 __all__ = ["NOTHING_LEARNT", "ExpertTokens", "starved_warning"]
@@ -169,14 +169,8 @@ def _rule(name: str, plan: Plan, starved: bool) -> str:
     parts: list[str] = []
     if starved and assigned.kind.has_static_input:
         parts.append("input range of all experts of its layer")
-    if starved and Need.HESSIAN in assigned.needs:
-        pruned = assigned.kind is LayerKind.W16A16S
-        parts.append("weight pruned by magnitude" if pruned else "weight rounded to nearest")
-    elif starved and Need.CHANNELS in assigned.needs:
-        parts.append("weight error not weighted by inputs")
-    elif name in plan.trained:
-        parts.append("weight rounded to nearest")
-    return ", ".join(parts)
+    parts.append(weight_rule(assigned.kind, assigned.needs if starved else (), trained=name in plan.trained))
+    return ", ".join(filter(None, parts))
 
 
 def starved_warning(result: RunResult, quota: ExpertQuota | None) -> str | None:

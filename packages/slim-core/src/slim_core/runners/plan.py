@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
+from slim_core.budget import UNLIMITED, MemoryBudget
 from slim_core.devices import Devices
-from slim_core.errors import UnsupportedError
+from slim_core.errors import SlimError, UnsupportedError
+from slim_core.model.experts import ExpertLayer
 from slim_core.model.structure import discover
 from slim_core.model.units import StreamedModel
 from slim_core.processors.base import (
@@ -25,9 +27,23 @@ from slim_core.recipe.schema import DatasetConfig
 from slim_core.runners.choice import RunnerChoice, choose_runner, owned_bytes
 from slim_core.runners.plan_attention import PlannedAttention, assign_attentions, planned_attentions
 from slim_core.runners.plan_experts import ExtraSamples, PlannedExperts, plan_experts
-from slim_core.runners.plan_forwards import fresh_requests, fresh_states, passes, requests_of, trained_linears
-from slim_core.runners.plan_linears import PlannedLinear, assign_linears, engine_warnings, planned_linears
-from slim_core.runners.prediction import Calibration, peak_memory
+from slim_core.runners.plan_forwards import (
+    fresh_requests,
+    fresh_states,
+    passes,
+    requests_of,
+    trained_linears,
+    training_positions,
+)
+from slim_core.runners.plan_linears import (
+    PlannedLinear,
+    assign_linears,
+    engine_refusal,
+    engine_warnings,
+    planned_linears,
+)
+from slim_core.runners.plan_memory import PlannedMemory, explores_by_expert, plan_memory
+from slim_core.runners.prediction import Calibration, Share, memory_shares
 from slim_core.runners.prior import PlannedStage, plan_stages
 from slim_core.savers.base import Output, Saver, create_saver
 from slim_core.savers.loaders import unloadable_attentions
@@ -37,13 +53,15 @@ __all__ = ["Plan", "PlannedUnit", "make_plan"]
 
 @dataclass(frozen=True)
 class PlannedUnit:
-    """A unit, its linears, its attentions if the recipe is about any, and its size before and after."""
+    """A unit, its linears, its attentions if the recipe is about any, its size before and after, and whether it is a
+    drafting layer."""
 
     name: str
     linears: tuple[PlannedLinear, ...]
     bytes_in: int
     bytes_out: int
     attentions: tuple[PlannedAttention, ...] = ()
+    drafts: bool = False
 
 
 @dataclass
@@ -61,9 +79,10 @@ class Plan:
             in a forward of its own.
         streams: how often every sample is carried along: twice where exact and quantized outputs are both needed.
         forwards: forward passes of each block per calibration sample, those of processors that run it aside.
-        peak_memory: predicted bytes beyond what the process takes when the run begins, activations included.
+        memory: what the run is predicted to take, activations included, and whether that fits its budget.
         attentions: the attentions that will be quantized, by module name.
         experts: where there are experts, and what is done so that enough tokens reach each.
+        refusal: why the plan is not carried out; None if it is.
     """
 
     model: StreamedModel
@@ -79,13 +98,14 @@ class Plan:
     streams: int
     forwards: int
     activation_bytes: int
-    peak_memory: int
+    memory: PlannedMemory
     attentions: dict[str, AttentionAssignment] = field(default_factory=dict[str, AttentionAssignment])
     fresh: dict[str, frozenset[Need]] = field(default_factory=dict[str, frozenset[Need]])
     fresh_states: frozenset[str] = frozenset()
     states: frozenset[AttentionState] = frozenset()
     stages: tuple[PlannedStage, ...] = ()
     experts: PlannedExperts = field(default_factory=lambda: PlannedExperts({}))
+    refusal: SlimError | None = None
 
     @property
     def needs_data(self) -> bool:
@@ -130,6 +150,8 @@ def make_plan(
     stage_bytes: Callable[[DatasetConfig], int] = lambda _: 0,
     extra_samples: Callable[[], ExtraSamples] = ExtraSamples,
     example: Example | None = None,
+    force: bool = False,
+    budget: MemoryBudget = UNLIMITED,
 ) -> Plan:
     """Work out the plan of a run.
 
@@ -142,6 +164,8 @@ def make_plan(
         stage_bytes: the size of the hidden states of the calibration set of a stage ahead of the main one.
         extra_samples: says how many samples there are for experts below the quota; asked only if they are needed.
         example: gives keyword arguments of the model for one short sample; asked only if the structure is needed.
+        budget: what the run may take; beyond it, experts are in memory one at a time, or else the plan is refused.
+        force: only warn of what no engine can load; else the plan is one that is refused.
 
     Raises:
         SchemaValidateError, UnsupportedError: the recipe asks for something that does not exist.
@@ -149,12 +173,12 @@ def make_plan(
     _refuse_unsupported(spec)
     named = [create_processor(config, f"process[{i}]") for i, config in enumerate(spec.process)]
     processors = [leaf for processor in named for leaf in processor.leaves()]
-    original, model = model, _prepared(model, processors, example)
+    original, model = model, _prepared(model, processors, example, budget)
     stages = plan_stages(spec, model, processors)
     saver = create_saver(spec.save[0])
     rules = [rule for processor in processors for rule in processor.rules()]
     linears = [linear for unit in model.units for linear in unit.linears]
-    assignments, warnings = assign_linears(linears, rules)
+    assignments, warnings = assign_linears(linears, rules, training_positions(processors))
     attention_rules = [rule for processor in processors for rule in processor.attention_rules()]
     infos = [info for unit in model.units for info in unit.attentions]
     attentions, about_attentions = assign_attentions(infos, attention_rules)
@@ -167,7 +191,12 @@ def make_plan(
         processor.check(linears, assignments)
     warnings += [note for processor in processors for note in processor.notes()]
     warnings += engine_warnings(model, assignments, saver.labels)
-    warnings += unloadable_attentions({info: attentions[info.name].form for info in infos if info.name in attentions})
+    quantized = {info: attentions[info.name].form for info in infos if info.name in attentions}
+    warnings += unloadable_attentions(quantized)
+    refusal = engine_refusal(model, assignments, saver.labels, quantized)
+    if refusal is not None and force:
+        warnings.insert(0, refusal.what)
+        refusal = None
     if not assignments and not attentions:
         changed = model is not original or any(processor.reshapes for processor in processors)
         result = "stay a float model" if changed else "be a copy"
@@ -176,7 +205,7 @@ def make_plan(
     states = frozenset(request for processor in processors for request in processor.state_requests())
     observes = bool(requests or states) or any(assignment.form.needs_data for assignment in attentions.values())
     needs_data = observes or any(processor.runs_block for processor in processors)
-    runner = choose_runner(spec.runner, model, devices, needs_data=needs_data)
+    runner = choose_runner(spec.runner, model, devices, needs_data=needs_data, budget=budget)
     fresh, anew = fresh_requests(processors, requests), fresh_states(processors, attentions)
     streams, forwards = passes(processors, spec, observes, needs_data)
     output = saver.declare(model, assignments, attentions)
@@ -195,11 +224,22 @@ def make_plan(
         if experts.quota is not None:  # outputs wait beside inputs until the block is done
             activations += 2 * experts.quota.extra.hidden_bytes
         keeps_layers = spec.propagate == "quantized"
-        calibration = Calibration(activations, largest_forward(), keeps_layers, trains=kept)
-    peak = peak_memory(model, runner, processors, assignments, requests, calibration)
-    for stage in stages:
-        learning = Calibration(stage_bytes(stage.dataset))
-        peak = max(peak, stage.working_bytes(model) + peak_memory(model, runner, (), {}, {}, learning))
+        runs_again = bool(fresh or anew) or kept or keeps_layers
+        calibration = Calibration(activations, largest_forward(), keeps_layers, kept, runs_again)
+    learning = [(stage, Calibration(stage_bytes(stage.dataset))) for stage in stages]
+
+    def shares(by_expert: Mapping[str, Sequence[ExpertLayer]]) -> list[list[Share]]:
+        main = memory_shares(model, runner, processors, assignments, requests, calibration, by_expert)
+        ahead = [
+            [
+                *memory_shares(model, runner, (), {}, {}, passing, by_expert),
+                Share(f"tokens kept in {stage.position}", stage.working_bytes(model)),
+            ]
+            for stage, passing in learning
+        ]
+        return [main, *ahead]
+
+    memory = plan_memory(budget, devices, shares, experts.layers, _why_whole(runner, processors, needs_data))
     return Plan(
         model=model,
         runner=runner,
@@ -214,17 +254,30 @@ def make_plan(
         streams=streams,
         forwards=forwards + bool(fresh or anew),
         activation_bytes=activations,
-        peak_memory=peak,
+        memory=memory,
         attentions=attentions,
         fresh=fresh,
         fresh_states=anew,
+        refusal=refusal or memory.refusal,
         states=states,
         stages=stages,
         experts=experts,
     )
 
 
-def _prepared(model: StreamedModel, processors: list[Processor], example: Example | None) -> StreamedModel:
+def _why_whole(runner: RunnerChoice, processors: Sequence[Processor], needs_data: bool) -> str:
+    """Why whole blocks must be in memory, or never are; empty if one expert at a time would do."""
+    if not needs_data:
+        return "no block is loaded, and every linear is quantized by itself"
+    if runner.keeps_model:
+        return "runner: model_wise keeps all blocks in memory; use layer_wise"
+    trains = next((processor for processor in processors if processor.runs_block), None)
+    return f"{trains.config.type} learns all weights of a block together" if trains is not None else ""
+
+
+def _prepared(
+    model: StreamedModel, processors: list[Processor], example: Example | None, budget: MemoryBudget
+) -> StreamedModel:
     """The model that the processors will work on, once those that ask for it know its structure."""
     original = model
     for processor in processors:
@@ -239,7 +292,9 @@ def _prepared(model: StreamedModel, processors: list[Processor], example: Exampl
             remedy="leave this processor out",
         )
     query_keys = any(processor.uses_query_keys for processor in curious)
-    structure = discover(model, example(), query_keys=query_keys, outside=original).smoothable(model)
+    by_expert = explores_by_expert(budget, model)
+    found = discover(model, example(), query_keys=query_keys, outside=original, by_expert=by_expert)
+    structure = found.smoothable(model)
     for processor in curious:
         processor.adopt(structure, model)
     return model.with_additions(addition for processor in curious for addition in processor.additions())
@@ -264,6 +319,7 @@ def _units(
             planned_linears(unit, assignments, rules),
             owned_bytes(model, unit),
             written.get(unit.name, 0),
+            drafts=bool(unit.mirrors),
         )
         for unit in model.units
     ]

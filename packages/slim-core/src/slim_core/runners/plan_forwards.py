@@ -9,7 +9,7 @@ from slim_core.processors.base import Assignment, AttentionAssignment, Processor
 from slim_core.quantization.statistics import Need
 from slim_core.recipe import SpecV1
 
-__all__ = ["fresh_requests", "fresh_states", "passes", "requests_of", "trained_linears"]
+__all__ = ["fresh_requests", "fresh_states", "passes", "requests_of", "trained_linears", "training_positions"]
 
 # Statistics of a whole tensor that say nothing of its channels.
 _LOST = frozenset({Need.HISTOGRAM, Need.SAMPLE_RANGES})
@@ -49,8 +49,13 @@ def fresh_states(processors: list[Processor], attentions: Mapping[str, Attention
 
 def trained_linears(processors: list[Processor], assignments: Mapping[str, Assignment]) -> frozenset[str]:
     """The linears that learn while their block is run aside."""
-    positions = {position for processor in processors if processor.runs_block for position in processor.schemes()}
+    positions = training_positions(processors)
     return frozenset(name for name, assigned in assignments.items() if assigned.position in positions)
+
+
+def training_positions(processors: list[Processor]) -> frozenset[str]:
+    """The positions whose linears learn while their block is run aside."""
+    return frozenset(position for one in processors if one.runs_block for position in one.schemes())
 
 
 def passes(processors: list[Processor], spec: SpecV1, observes: bool, needs_data: bool) -> tuple[int, int]:

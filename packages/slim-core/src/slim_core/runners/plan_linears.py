@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
+from slim_core.errors import UnsupportedError
+from slim_core.model.attention import AttentionInfo
 from slim_core.model.units import LinearInfo, StreamedModel, Unit
 from slim_core.processors.base import Assignment, LinearRule
-from slim_core.quantization.kinds import LayerKind
-from slim_core.runners.plan_rules import first_to_name, why_float
-from slim_core.savers.loaders import MAIN_ENGINE, lost_biases, mixed_fusions, unloadable
+from slim_core.quantization.attention import AttentionForm
+from slim_core.quantization.kinds import LayerForm, LayerKind
+from slim_core.quantization.statistics import Need
+from slim_core.runners.plan_rules import first_to_name, weight_rule, why_float
+from slim_core.savers.loaders import MAIN_ENGINE, lost_biases, mixed_fusions, no_engine, unloadable
 
-__all__ = ["PlannedLinear", "assign_linears", "engine_warnings", "planned_linears"]
+__all__ = ["PlannedLinear", "assign_linears", "engine_refusal", "engine_warnings", "planned_linears"]
+
+_NOT_RUN = "a drafting layer, not calibrated"
 
 
 @dataclass(frozen=True)
@@ -25,15 +31,35 @@ class PlannedLinear:
     in_features: int
 
 
-def assign_linears(linears: list[LinearInfo], rules: list[LinearRule]) -> tuple[dict[str, Assignment], list[str]]:
-    """The first rule that names a linear has it; later ones that name it too are worth a warning."""
-    widths = {linear.name: linear.in_features for linear in linears if linear.in_block}
-    names = list(widths)
+def assign_linears(
+    linears: list[LinearInfo], rules: list[LinearRule], training: Collection[str] = ()
+) -> tuple[dict[str, Assignment], list[str]]:
+    """The first rule that names a linear has it; later ones that name it too are worth a warning.
+
+    Linears of drafting layers are never run. What would need to know their inputs does without, as it does for experts
+    that no token reached, and a warning says so.
+
+    Args:
+        training: positions of rules whose linears learn while their block is run.
+    """
+    known = {linear.name: linear for linear in linears if linear.in_block}
+    names = list(known)
     owners, warnings = first_to_name(rules, names, "linears")
-    assignments = {
-        name: Assignment(rule.form.for_width(widths[name]), rule.position, f"spec.{rule.position}", rule.needs)
-        for name, rule in owners.items()
-    }
+    assignments: dict[str, Assignment] = {}
+    blind: dict[str, list[str]] = {}
+    for name, rule in owners.items():
+        info = known[name]
+        form, reason, needs = rule.form, f"spec.{rule.position}", rule.needs
+        if not info.runs:
+            form, without = _unseen(rule, trained=rule.position in training)
+            reason, needs = f"{reason}; {_NOT_RUN}" + (f": {without}" if without else ""), frozenset[Need]()
+            if without:
+                blind.setdefault(without, []).append(name)
+        if form is not None:
+            assignments[name] = Assignment(form.for_width(info.in_features), rule.position, reason, needs)
+    if blind:
+        texts = [f"{text} ({len(names)} linears, e.g. {names[0]})" for text, names in blind.items()]
+        warnings.append(f"the model class does not run drafting layers, so they are not calibrated: {'; '.join(texts)}")
     # To exclude the head is pointless but no mistake.
     every = [linear.name for linear in linears]
     for rule in rules:
@@ -54,10 +80,34 @@ def engine_warnings(
     Args:
         labels: what kinds are called in the description, where that is not their own name.
     """
-    linears = [info for unit in model.units for info in unit.linears]
-    forms = {i.name: assignments[i.name].form if i.name in assignments else LayerKind.FLOAT for i in linears}
-    widths = {info.name: info.in_features for info in linears}
+    forms, widths = _become(model, assignments), _widths(model)
     return mixed_fusions(forms) + unloadable(forms, widths, labels) + _lost_shifts(model, assignments)
+
+
+def engine_refusal(
+    model: StreamedModel,
+    assignments: Mapping[str, Assignment],
+    labels: Mapping[str, str],
+    attentions: Mapping[AttentionInfo, AttentionForm],
+) -> UnsupportedError | None:
+    """The error where there is no engine that could load the output; as :func:`engine_warnings`."""
+    text = no_engine(_become(model, assignments), _widths(model), labels, attentions)
+    if text is None:
+        return None
+    return UnsupportedError(
+        f"no engine can load what this recipe makes of the model ({text})",
+        where="spec.process",
+        remedy="see docs/verify.md for what each loads, or write it all the same with --force",
+    )
+
+
+def _become(model: StreamedModel, assignments: Mapping[str, Assignment]) -> dict[str, LayerForm | LayerKind]:
+    names = [info.name for unit in model.units for info in unit.linears]
+    return {name: assignments[name].form if name in assignments else LayerKind.FLOAT for name in names}
+
+
+def _widths(model: StreamedModel) -> dict[str, int]:
+    return {info.name: info.in_features for unit in model.units for info in unit.linears}
 
 
 def _lost_shifts(model: StreamedModel, assignments: Mapping[str, Assignment]) -> list[str]:
@@ -90,4 +140,19 @@ def planned_linears(
 
 
 def _why_float(linear: LinearInfo, rules: list[LinearRule]) -> str:
-    return why_float(linear.name, rules) if linear.in_block else "outside the decoder blocks"
+    if not linear.in_block:
+        return "outside the decoder blocks"
+    owner = None if linear.runs else next((rule for rule in rules if rule.filter.matches(linear.name)), None)
+    if owner is None:
+        return why_float(linear.name, rules)
+    return f"spec.{owner.position}; {_NOT_RUN}: {_unseen(owner, trained=False)[1]}"
+
+
+def _unseen(rule: LinearRule, *, trained: bool) -> tuple[LayerForm | None, str]:
+    """What a rule makes of a linear that is never run, and what it has to do without; None: it stays as it is."""
+    kind = rule.form.kind
+    form = rule.unseen if kind.has_static_input else rule.form
+    if form is None:
+        return None, f"FLOAT instead of {kind}, which needs the range of the input"
+    parts = [f"{form.kind} instead of {kind}"] if form.kind is not kind else []
+    return form, ", ".join(filter(None, [*parts, weight_rule(form.kind, rule.needs, trained=trained)]))

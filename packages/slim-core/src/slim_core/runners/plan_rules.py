@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import TypeVar
 
 from slim_core.processors.base import AttentionRule, LinearRule
+from slim_core.quantization.kinds import LayerKind
+from slim_core.quantization.statistics import Need
 from slim_core.recipe import NameFilter
 
-__all__ = ["first_to_name", "why_float"]
+__all__ = ["first_to_name", "weight_rule", "why_float"]
 
 Rule = TypeVar("Rule", LinearRule, AttentionRule)
 
@@ -44,3 +46,17 @@ def why_float(name: str, rules: Sequence[LinearRule] | Sequence[AttentionRule]) 
         if rule.filter.exclude and NameFilter(rule.filter.exclude).matches(name)
     ]
     return f"excluded by {', '.join(excluded)}" if excluded else "named by no rule"
+
+
+def weight_rule(kind: LayerKind, needs: Collection[Need], *, trained: bool) -> str:
+    """What stands in for a weight method that cannot see the inputs it asks for; empty if it asks for none.
+
+    Args:
+        needs: what it asks for.
+        trained: whether it learns while the block is run.
+    """
+    if Need.HESSIAN in needs:
+        return "weight pruned by magnitude" if kind is LayerKind.W16A16S else "weight rounded to nearest"
+    if Need.CHANNELS in needs:
+        return "weight error not weighted by inputs"
+    return "weight rounded to nearest" if trained else ""

@@ -30,7 +30,7 @@ def render_summary(plan: Plan) -> str:
         ("data", _data(plan)),
         *([("experts", text)] if (text := plan.experts.summary()) else []),
         ("output", _output(plan)),
-        ("memory", f"about {human_size(plan.peak_memory)} beyond the process itself"),
+        ("memory", plan.memory.summary()),
     ]
     lines = ["Plan", *(f"  {name:<10} {value}" for name, value in rows)]
     if plan.warnings:

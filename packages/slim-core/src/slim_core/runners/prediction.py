@@ -9,8 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
+
+import torch
 
 from slim_core.checkpoint.writer import QUEUE_BYTES
+from slim_core.model.expert_weights import parameters_of_experts
+from slim_core.model.experts import ExpertLayer, expert_layers
 from slim_core.model.units import LinearInfo, StreamedModel, Unit
 from slim_core.processors.base import Assignment, Processor
 from slim_core.quantization.statistics import Need
@@ -19,12 +24,16 @@ from slim_core.quantization.statistics.inputs import SAMPLED_TOKENS
 from slim_core.runners.choice import RunnerChoice, unit_bytes
 from slim_core.savers.loaders import fused_leaves
 
-__all__ = ["Calibration", "peak_memory"]
+__all__ = ["Calibration", "Share", "memory_shares"]
 
 # What the first forward of a block loads (kernels, thread stacks) and the heaps of the threads keep.
 _LIBRARIES = 48 << 20
 # Without a forward: the blocks of rows at work, and the pages of the file that they come from.
 _ROW_BLOCKS = 16 << 20
+# Kernels that the library compiles for half-precision products on the CPU and keeps, if every expert is given another
+# number of tokens, and what of the heap lies between them: so much for samples of 256 tokens and more. Measured with
+# two shapes of linears; they take most of it in the first block.
+_EXPERT_KERNELS, _EXPERT_TOKENS = 256 << 20, 256
 # Tensors as wide as the widest linear that a block has in memory at once.
 _WIDE_TENSORS = 4
 
@@ -38,26 +47,46 @@ class Calibration:
         tokens: of the largest forward.
         keeps_layers: whether the quantized layers of a block wait for a forward through them.
         trains: whether gradients flow through the block.
+        runs_again: whether the block is run once more after processors have reshaped it.
     """
 
     hidden_bytes: int
     tokens: int = 0
     keeps_layers: bool = False
     trains: bool = False
+    runs_again: bool = True
 
 
-def peak_memory(
+@dataclass(frozen=True)
+class Share:
+    """A part of the memory that a run takes when it takes the most.
+
+    Args:
+        what: what it is for.
+        host, device: where it lies if the run computes on a device other than the CPU; on the CPU both are one. What
+            lies in neither is not there then.
+    """
+
+    what: str
+    nbytes: int
+    host: bool = True
+    device: bool = False
+
+
+def memory_shares(
     model: StreamedModel,
     runner: RunnerChoice,
     processors: Sequence[Processor],
     assignments: Mapping[str, Assignment],
     requests: Mapping[str, frozenset[Need]],
     calibration: Calibration | None,
-) -> int:
-    """Predicted bytes beyond what the process takes when the run begins.
+    experts: Mapping[str, Sequence[ExpertLayer]] = MappingProxyType({}),
+) -> list[Share]:
+    """What the predicted memory beyond what the process takes when the run begins is made of.
 
     Args:
         calibration: None if no sample is run.
+        experts: by unit, the experts that are in memory one at a time; none where whole blocks are.
     """
     sizes = [info.in_features * info.out_features for unit in model.units for info in unit.linears]
     codes = [
@@ -67,35 +96,95 @@ def peak_memory(
         if info.name in assignments
     ]
     largest, queue = max(codes, default=0), min(QUEUE_BYTES, sum(codes))
+    waiting = Share("what waits to be written", queue)
     if calibration is None:
         working = max((_working(unit, processors, assignments) for unit in model.units), default=0)
         itemsize = (model.dtype.itemsize if model.dtype else 4) + 1
-        return itemsize * largest + working + queue + _ROW_BLOCKS
+        return [
+            Share("the largest weight and its codes", itemsize * largest),
+            Share("the work on it", working + _ROW_BLOCKS, device=True),
+            waiting,
+        ]
     blocks = [unit for unit in model.units if unit.block is not None]
-    loaded = [unit_bytes(model, unit) for unit in blocks]
-    resident = sum(loaded) if runner.keeps_model else max(loaded, default=0)
+    loaded = [unit_bytes(model, unit) - _absent(model, unit, experts.get(unit.name, ())) for unit in blocks]
     itemsize = model.dtype.itemsize if model.dtype else 4
-    phases: list[int] = []
-    for unit, size in zip(blocks, loaded, strict=True):
-        observed = _observed(unit, requests)
-        forward = _forward(unit, calibration, itemsize) + itemsize * max(sizes, default=0)  # the product packs a weight
-        work = _working(unit, processors, assignments)
+    phases: list[list[Share]] = [[]]
+    for unit in blocks:
+        layers = experts.get(unit.name, ())
+        packed = itemsize * max(sizes, default=0)  # the product packs a weight
+        forward = _forward(unit, calibration, itemsize) + packed
+        work = _working(unit, processors, assignments, layers, copied=calibration.runs_again)
         if calibration.trains:
             work += forward
-        layers = size // 2 + 4 * largest if calibration.keeps_layers else 2 * largest
-        phases.append(observed + max(forward, work + layers))
-    return resident + max(phases, default=0) + queue + calibration.hidden_bytes + _LIBRARIES
+        made = unit_bytes(model, unit) // 2 + 4 * largest if calibration.keeps_layers else 2 * largest
+        observed = _observed(unit, requests)
+        hessians = _observed(unit, {name: needs & {Need.HESSIAN} for name, needs in requests.items()})
+        seen = [
+            Share(f"Hessians of the inputs of {unit.name}", hessians, device=True),
+            Share(f"other statistics of the inputs of {unit.name}", observed - hessians, device=True),
+        ]
+        running = [Share(f"activations inside {unit.name}", forward, host=False, device=True)]
+        quantizing = [
+            Share(f"the work of processors on {unit.name}", work, device=True),
+            Share(f"quantized layers of {unit.name}", made),
+        ]
+        phases.append(seen + max(running, quantizing, key=_total))
+    what = "weights of all blocks" if runner.keeps_model else "weights of the largest block"
+    if experts:
+        what += " without its experts, and of one expert"
+    resident = sum(loaded) if runner.keeps_model else max(loaded, default=0)
+    return [
+        Share(what, resident, device=True),
+        *max(phases, key=_total),
+        waiting,
+        Share("activations of all samples between two blocks", calibration.hidden_bytes),
+        Share("kernels, and what the heap keeps", _LIBRARIES),
+        Share("kernels for the tokens that experts are given", _kernels(model, blocks, calibration), host=False),
+    ]
 
 
-def _working(unit: Unit, processors: Iterable[Processor], assignments: Mapping[str, Assignment]) -> int:
-    """What processors need: those that reshape keep it until the unit is done, the others take turns."""
+def _kernels(model: StreamedModel, blocks: Sequence[Unit], calibration: Calibration) -> int:
+    half = model.dtype in (torch.bfloat16, torch.float16)
+    if not half or not any(expert_layers(model.module, unit.linears) for unit in blocks):
+        return 0
+    return _EXPERT_KERNELS * min(calibration.tokens, _EXPERT_TOKENS) // _EXPERT_TOKENS
+
+
+def _total(shares: Iterable[Share]) -> int:
+    return sum(share.nbytes for share in shares)
+
+
+def _absent(model: StreamedModel, unit: Unit, layers: Sequence[ExpertLayer]) -> int:
+    """Bytes of the experts of a unit but for the largest one."""
+    sizes: dict[tuple[str, int], int] = {}
+    for name, key in parameters_of_experts(layers, unit.parameters).items():
+        sizes[key] = sizes.get(key, 0) + model.source.meta(unit.parameters[name]).nbytes
+    return sum(sizes.values()) - max(sizes.values(), default=0)
+
+
+def _working(
+    unit: Unit,
+    processors: Iterable[Processor],
+    assignments: Mapping[str, Assignment],
+    layers: Sequence[ExpertLayer] = (),
+    *,
+    copied: bool = True,
+) -> int:
+    """What processors need: those that reshape keep it until the unit is done, the others take turns.
+
+    Args:
+        layers: experts that are in memory one at a time; what is made of their weights goes with them.
+        copied: whether the module is given the weights that change.
+    """
     kept, turns = 0, [0]
+    others = {name for layer in layers for one in list(layer.experts.values())[1:] for name in one.values()}
+    present = [info for info in unit.linears if info.name not in others]
     for processor in processors:
-        size = processor.working_bytes(unit.linears, assignments)
         if processor.reshapes:
-            kept += size
+            kept += processor.working_bytes(present, assignments)
+            kept -= 0 if copied else processor.copied_bytes(present)
         else:
-            turns.append(size)
+            turns.append(processor.working_bytes(unit.linears, assignments))
     return kept + max(turns)
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from slim_core.errors import UnsupportedError
 from slim_core.logging import get_logger
+from slim_core.model.expert_weights import loaded
 from slim_core.model.units import StreamedModel
 from slim_core.processors.base import Processor, create_processor
 from slim_core.progress import Progress
@@ -91,9 +92,18 @@ def plan_stages(spec: SpecV1, model: StreamedModel, followers: Sequence[Processo
 
 
 def run_stages(
-    stages: Sequence[PlannedStage], model: StreamedModel, inputs: StageInputs, device: torch.device, progress: Progress
+    stages: Sequence[PlannedStage],
+    model: StreamedModel,
+    inputs: StageInputs,
+    device: torch.device,
+    progress: Progress,
+    *,
+    by_expert: bool = False,
 ) -> tuple[dict[str, Tensor], int]:
     """Carry out the stages.
+
+    Args:
+        by_expert: have the weights of one routed expert at a time in memory.
 
     Returns:
         What was learned, by name, and how many forward passes of single blocks it took.
@@ -102,7 +112,7 @@ def run_stages(
     forwards = 0
     for stage in stages:
         with torch.no_grad():
-            seen, count = _observe(stage, model, inputs(stage.dataset), device, progress)
+            seen, count = _observe(stage, model, inputs(stage.dataset), device, progress, by_expert)
         forwards += count
         samples = {id(statistics): statistics.kept.tokens() for statistics in seen.values() if statistics.tokens}
         for processor, watched in zip(stage.processors, stage.watched, strict=True):
@@ -117,6 +127,7 @@ def _observe(
     inputs: Sequence[Mapping[str, Any]],
     device: torch.device,
     progress: Progress,
+    by_expert: bool,
 ) -> tuple[dict[str, InputStatistics], int]:
     """What was seen of the inputs of the linears of a stage, and how many blocks were run for it."""
     seen: dict[str, InputStatistics] = {}
@@ -128,13 +139,12 @@ def _observe(
         for unit in blocks:
             progress.begin(unit.name)
             observer = InputObserver()
-            model.load(unit.parameters, device)
-            for name in (name for name in tokens if name.startswith(f"{unit.name}.")):
-                observer.watch(name, model.module.get_submodule(name), (Need.TOKENS,), tokens[name])
-            forwards.run(hand_on=True)
-            observer.stop()
-            seen |= observer.statistics
-            model.unload(unit.parameters)
+            with loaded(model, unit, device, by_expert=by_expert):
+                for name in (name for name in tokens if name.startswith(f"{unit.name}.")):
+                    observer.watch(name, model.module.get_submodule(name), (Need.TOKENS,), tokens[name])
+                forwards.run(hand_on=True)
+                observer.stop()
+                seen |= observer.statistics
             progress.done(unit.name)
         return seen, forwards.count
 

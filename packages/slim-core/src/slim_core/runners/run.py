@@ -61,8 +61,11 @@ def run_plan(
         finish: writes further files into the finished folder before it appears.
 
     Raises:
-        SlimError: whatever went wrong; an interrupted run can be resumed if at least one unit was finished.
+        SlimError: the plan is refused, or whatever went wrong; an interrupted run can be resumed if at least one unit
+            was finished.
     """
+    if plan.refusal is not None:
+        raise plan.refusal
     began = time.monotonic()
     staging = Staging(save_path, fingerprint, resume=resume)
     result = RunResult(
@@ -133,7 +136,10 @@ def _informed(
                 where=f"spec.{plan.stages[0].position}",
                 remedy="leave the stage out",
             )
-        learned, result.stage_forwards = run_stages(plan.stages, model, inputs, plan.devices.first, progress)
+        by_expert = plan.memory.by_expert
+        learned, result.stage_forwards = run_stages(
+            plan.stages, model, inputs, plan.devices.first, progress, by_expert=by_expert
+        )
         keep_learned(staging.folder, learned)
     for processor in plan.processors:
         model = processor.inherit(learned, model)
@@ -185,7 +191,7 @@ def _prefetch(bench: Bench, position: int) -> None:
     if position < len(bench.model.units):
         unit = bench.model.units[position]
         assigned = {info.prefix for info in unit.linears if info.name in bench.plan.assignments}
-        source, needed = bench.model.source, bench.plan.needs_data
+        source, needed = bench.model.source, bench.plan.needs_data and not unit.mirrors
         # Without data, what is stored as it will be written is copied without being read.
         names = [n for n in unit.tensors.values() if needed or n.rpartition(".")[0] in assigned or not source.stored(n)]
         bench.model.source.prefetch(names)

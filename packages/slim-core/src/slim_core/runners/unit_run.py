@@ -11,6 +11,8 @@ from typing import Any
 
 from slim_core.checkpoint.staging import Staging
 from slim_core.checkpoint.writer import ShardedWriter
+from slim_core.memory import give_back_freed_memory
+from slim_core.model.expert_weights import ExpertsOnCall, ReadInTurn
 from slim_core.model.experts import ExpertLayer
 from slim_core.model.units import StreamedModel, Unit
 from slim_core.model.weights import UnitWeights
@@ -27,6 +29,10 @@ from slim_core.runners.records import LinearRecord, RunResult
 from slim_core.savers.base import PlannedTensor
 
 __all__ = ["Bench", "UnitRun"]
+
+# Bytes of float32 weights after which the C library is told to return what it keeps of the blocks that were freed. Many
+# small linears, as those of experts, leave it with far more than one of them takes. Sooner where a budget is narrow.
+_TRIMMED_AFTER, _TRIMMED_SOON = 32 << 20, 8 << 20
 
 
 @dataclass
@@ -81,17 +87,30 @@ class UnitRun:
         self._attentions: dict[str, QuantizedAttention] = {}
         self._waiting: Counter[int] = Counter()
         self._began = time.monotonic()
+        self._worked_on = 0
 
     def without_data(self) -> None:
         """Quantize from the weights alone."""
         if self._write:
-            self._quantize(self._work(_Observed(), live=False))
+            work = self._work(_Observed())
+            if self._unit.mirrors:
+                unseen = InputStatistics(siblings=InputStatistics())
+                work.statistics = dict.fromkeys(work.linears, unseen)
+                work.starved = frozenset(work.linears)
+            self._quantize(work)
 
     def calibrated(self, forwards: BlockForwards) -> None:
         """Observe the block while it runs, quantize it, and hand its exact or its quantized outputs on."""
+        unit, plan = self._unit, self._bench.plan
+        layers = self._layers_of_experts if plan.memory.by_expert else ()
+        parameters = [*unit.parameters, *unit.added]
+        with ExpertsOnCall(self._bench.model, layers, parameters, plan.devices.first) as on_call:
+            self._calibrated(forwards, on_call)
+
+    def _calibrated(self, forwards: BlockForwards, on_call: ExpertsOnCall) -> None:
         bench, plan, unit = self._bench, self._bench.plan, self._unit
         device = plan.devices.first
-        bench.model.load(unit.parameters, device)
+        bench.model.load((name for name in unit.parameters if name not in on_call.owners), device)
         works = self._write or bench.propagate_quantized
         fresh, again = (self._fresh(), self._fresh_states()) if works else ({}, frozenset[str]())
         keep = works and (bool(fresh or again) or any(processor.runs_block for processor in plan.processors))
@@ -113,7 +132,7 @@ class UnitRun:
         if not bench.propagate_quantized and not observed.extra:
             observed.extra = [forwards.compute_extra(sample) for sample in range(forwards.extra)]
         if works:
-            work = self._work(observed, live=True)
+            work = self._work(observed, on_call, live=bool(fresh or again) or keep or bench.propagate_quantized)
             work.starved = experts.barely_routed() if experts is not None else frozenset()
             work.block = KeptBlock(bench.model, forwards, targets, device) if keep else None
             self._reshape(work)
@@ -126,6 +145,7 @@ class UnitRun:
         if (quota := plan.experts.quota) is not None and unit.name == quota.units[-1]:
             forwards.drop_extra()
         if bench.propagate_quantized:
+            on_call.leave()
             taps = simulating_taps(self._attentions, device)
             with simulated(bench.model.module, self._layers, device), bench.model.tapped(taps):
                 forwards.run(hand_on=True)
@@ -196,10 +216,17 @@ class UnitRun:
         observer.stop()
         return _Observed(observer.statistics, seen, ranges, experts, extra), outputs
 
-    def _work(self, observed: _Observed, *, live: bool) -> UnitWork:
+    def _work(self, observed: _Observed, on_call: ExpertsOnCall | None = None, *, live: bool = False) -> UnitWork:
+        """The unit on the bench; its module is given what processors make of its weights if it is run once more."""
         bench, unit, plan = self._bench, self._unit, self._bench.plan
         device = plan.devices.first
-        weights = UnitWeights(bench.model, unit, live=live, device=device)
+        deferred = on_call.owners if on_call is not None else {}
+        owners = {unit.parameters[name]: key for name, key in deferred.items() if name in unit.parameters}
+        source = ReadInTurn(bench.model.source, owners) if owners else None
+        weights = UnitWeights(bench.model, unit, live=live, device=device, deferred=deferred, source=source)
+        if on_call is not None:
+            on_call.leave()
+            on_call.weights = weights
         linears = {
             info.name: LinearWork(info, weights[f"{info.name}.weight"], None, plan.assignments[info.name])
             for info in unit.linears
@@ -244,6 +271,11 @@ class UnitRun:
     ) -> None:
         bench, name = self._bench, linear.info.name
         seen = statistics.get(name)
+        self._worked_on += 4 * linear.info.in_features * linear.info.out_features
+        limit = _TRIMMED_SOON if bench.plan.memory.by_expert else _TRIMMED_AFTER
+        if bench.plan.needs_data and self._worked_on >= limit:
+            self._worked_on = 0
+            give_back_freed_memory()
         if self._write:
             bench.plan.saver.write_layer(bench.writer, linear.info, layer)
             low, high = (seen.range.minimum, seen.range.maximum) if seen and seen.tokens else (None, None)
@@ -252,7 +284,7 @@ class UnitRun:
             bench.result.linears.append(LinearRecord(name, str(layer.kind), sqnr_db, low, high, tokens, seconds))
         if bench.propagate_quantized:
             self._layers[name] = layer
-        if bench.forwards is None:
+        if bench.forwards is None or self._unit.block is None:
             linear.weight.release()
         if seen is not None:
             self._waiting[id(seen)] -= 1

@@ -18,7 +18,8 @@ from slim_core.quantization.kinds import LayerForm, LayerKind
 from slim_core.savers.ascendv1_attention import engine_class
 
 __all__ = ["MAIN_ENGINE", "engines", "fused_leaves", "is_loadable", "layer_class", "loads_attention", "lost_biases"]
-__all__ += ["mixed_fusions", "obstacle", "reads_ascendv1", "refused_together", "unloadable", "unloadable_attentions"]
+__all__ += ["mixed_fusions", "no_engine", "obstacle", "reads_ascendv1", "refused_together", "unloadable"]
+__all__ += ["unloadable_attentions"]
 
 MAIN_ENGINE = "vllm-ascend"
 _EXPERT = re.compile(r"\.experts\.\d+\.")
@@ -84,10 +85,12 @@ def obstacle(engine: str, label: str, name: str, form: LayerForm | None = None, 
 def refused_together(engine: str, forms: Mapping[str, LayerForm]) -> str | None:
     """Why an engine cannot load these layers in one model, as the end of a sentence; None if it can."""
     table = _tables()[engine]["types"]
+    other = next((other for other in forms if _has_groups(forms[other])), None)
+    if other is None:
+        return None
     for name, form in forms.items():
         asked = table.get(str(form.kind), {}).get(layer_class(name))
-        other = next((other for other in forms if _has_groups(forms[other])), None)
-        if isinstance(asked, list) and "alone" in asked and other is not None:
+        if isinstance(asked, list) and "alone" in asked:
             return f"loads {form.kind} layers ({name}) only in models without grouped or MX layers (here {other})"
     return None
 
@@ -136,6 +139,52 @@ def unloadable(
     if text := refused_together(MAIN_ENGINE, forms):
         warnings.append(f"{MAIN_ENGINE} {text}")
     return warnings
+
+
+def no_engine(
+    layers: Mapping[str, LayerForm | LayerKind],
+    widths: Mapping[str, int],
+    labels: Mapping[str, str],
+    attentions: Mapping[AttentionInfo, AttentionForm],
+) -> str | None:
+    """Why there is no engine that loads all of these in one model: what stops each; None if there is one.
+
+    A label that an engine knows by another name stops nothing: the description is easily changed.
+
+    Args:
+        layers: forms by the name of the linear, :attr:`LayerKind.FLOAT` where it is not quantized.
+        widths, labels: as in :func:`unloadable`.
+        attentions: those that are quantized.
+    """
+    stopped: dict[str, list[str]] = {}
+    for engine in engines():
+        if reads_ascendv1(engine):
+            text = _first_obstacle(engine, layers, widths, labels, attentions)
+            if text is None:
+                return None
+            stopped.setdefault(text, []).append(engine)
+    return "; ".join(f"{' and '.join(names)}: {text}" for text, names in stopped.items())
+
+
+def _first_obstacle(
+    engine: str,
+    layers: Mapping[str, LayerForm | LayerKind],
+    widths: Mapping[str, int],
+    labels: Mapping[str, str],
+    attentions: Mapping[AttentionInfo, AttentionForm],
+) -> str | None:
+    renamed = _tables()[engine].get("renamed", {})
+    for name, layer in layers.items():
+        form = layer if isinstance(layer, LayerForm) else None
+        kind = str(layer if form is None else form.kind)
+        label = labels.get(kind, kind)
+        if text := obstacle(engine, renamed.get(label, label), name, form, widths.get(name)):
+            return f"{text} (e.g. {name})"
+    for info, form in attentions.items():
+        kind, place = engine_class(form), attention_class(info.latent)
+        if not loads_attention(engine, kind, info.latent):
+            return f"has no class for {place} attention that is {kind} (e.g. {info.name})"
+    return refused_together(engine, {name: form for name, form in layers.items() if isinstance(form, LayerForm)})
 
 
 def _other_engines() -> list[str]:

@@ -15,6 +15,7 @@ import matplotlib
 import pytest
 import torch
 
+from slim_core.budget import UNLIMITED
 from slim_core.checkpoint.source import TensorMeta
 from slim_core.devices import Devices
 from slim_core.evaluation.report import write_report
@@ -25,6 +26,8 @@ from slim_core.quantization.kinds import LayerForm, LayerKind
 from slim_core.runners.choice import RunnerChoice
 from slim_core.runners.plan import Plan, PlannedUnit
 from slim_core.runners.plan_linears import PlannedLinear
+from slim_core.runners.plan_memory import PlannedMemory
+from slim_core.runners.prediction import Share
 from slim_core.runners.records import ExpertRecord, LinearRecord, RunResult, StarvedExpert, UnitRecord
 from slim_core.savers.ascendv1 import AscendV1Saver, AscendV1SaverConfig
 from slim_core.savers.base import Output, PlannedTensor
@@ -98,7 +101,7 @@ def make_run(blocks: int = 4, leaves: dict[str, LayerKind] = LEAVES, warnings: t
         streams=1,
         forwards=1,
         activation_bytes=0,
-        peak_memory=60 << 20,
+        memory=PlannedMemory((Share("all of it", 60 << 20),), UNLIMITED),
     )
     return SimpleNamespace(plan=plan, result=result)
 

@@ -1,0 +1,124 @@
+"""The part of the plan that is about memory: whether it fits the budget, and what is done or said if it does not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from slim_core.budget import MemoryBudget
+from slim_core.devices import Devices
+from slim_core.errors import UnsupportedError
+from slim_core.model.experts import ExpertLayer
+from slim_core.model.units import StreamedModel
+from slim_core.runners.choice import unit_bytes
+from slim_core.runners.prediction import Share
+from slim_core.sizes import human_size
+
+__all__ = ["PlannedMemory", "explores_by_expert", "plan_memory"]
+
+_MIB = 1 << 20
+Layers = Mapping[str, Sequence[ExpertLayer]]
+
+
+@dataclass(frozen=True)
+class PlannedMemory:
+    """What the run will take beyond what the process takes when it begins.
+
+    Args:
+        shares: what that is made of when it is most.
+        budget: what it may take.
+        by_expert: whether, to stay within it, routed experts are in memory one at a time.
+        refusal: why it cannot stay within it.
+    """
+
+    shares: tuple[Share, ...]
+    budget: MemoryBudget
+    by_expert: bool = False
+    refusal: UnsupportedError | None = None
+
+    @property
+    def peak(self) -> int:
+        return sum(share.nbytes for share in self.shares)
+
+    def summary(self) -> str:
+        """For the plan."""
+        text = f"about {human_size(self.peak)} beyond the process itself"
+        limits = [f"{size} for the {place}" for place, size in _limits(self.budget).items()]
+        if limits:
+            text += f"; the budget is {' and '.join(limits)}"
+        if self.by_expert:
+            text += "; so experts are in memory one at a time, read when they are called and given back afterwards"
+        return text
+
+
+def plan_memory(
+    budget: MemoryBudget,
+    devices: Devices,
+    shares: Callable[[Layers], list[list[Share]]],
+    experts: Layers,
+    why_whole: str,
+) -> PlannedMemory:
+    """See whether a run stays within its budget, with whole blocks in memory or else with one expert at a time.
+
+    Args:
+        shares: what each stage of the run takes, given the experts that are in memory one at a time.
+        experts: by unit, those that can be.
+        why_whole: why that would be no help; empty if nothing speaks against it.
+    """
+    whole = shares({})
+    worst = max(whole, key=lambda stage: sum(share.nbytes for share in stage))
+    if not _beyond(whole, budget, devices):
+        return PlannedMemory(tuple(worst), budget)
+    if not experts:
+        why_whole = why_whole or "the model has no routed experts that could be in memory one at a time"
+    tried = whole if why_whole else shares(experts)
+    chosen = tuple(max(tried, key=lambda stage: sum(share.nbytes for share in stage)))
+    beyond = _beyond(tried, budget, devices)
+    refusal = _refusal(beyond, budget, why_whole) if beyond else None
+    return PlannedMemory(chosen, budget, by_expert=not why_whole, refusal=refusal)
+
+
+def explores_by_expert(budget: MemoryBudget, model: StreamedModel) -> bool:
+    """Whether, while the structure of the blocks is explored, experts are in memory one at a time.
+
+    Exploring takes the largest block and, where a norm is changed, copies of all that reads it.
+    """
+    largest = max((unit_bytes(model, unit) for unit in model.units if unit.block is not None), default=0)
+    return budget.host is not None and 2 * largest > budget.host
+
+
+def _beyond(stages: list[list[Share]], budget: MemoryBudget, devices: Devices) -> dict[str, list[Share]]:
+    """By place (host or device), the shares of the stage that goes furthest beyond the budget for it."""
+    alone = devices.kind == "cpu"
+    limits = {"host": budget.host} if alone else {"host": budget.host, "device": budget.device}
+    beyond: dict[str, list[Share]] = {}
+    for place, limit in limits.items():
+        there = [
+            [share for share in stage if alone or (share.host if place == "host" else share.device)] for stage in stages
+        ]
+        worst = max(there, key=lambda stage: sum(share.nbytes for share in stage))
+        if limit is not None and sum(share.nbytes for share in worst) > limit:
+            beyond[place] = worst
+    return beyond
+
+
+def _refusal(beyond: dict[str, list[Share]], budget: MemoryBudget, why_whole: str) -> UnsupportedError:
+    texts: list[str] = []
+    enough: list[str] = []
+    for place, shares in beyond.items():
+        parts = sorted((share for share in shares if share.nbytes), key=lambda share: -share.nbytes)
+        listed = ", ".join(f"{human_size(share.nbytes)} {share.what}" for share in parts)
+        needed = sum(share.nbytes for share in parts)
+        texts.append(f"about {human_size(needed)} of {place} memory, not {_limits(budget)[place]}: {listed}")
+        enough.append(f"{place}={-(-needed // _MIB)}MiB")
+    why = f" ({why_whole})" if why_whole else ", even with one expert at a time in memory"
+    return UnsupportedError(
+        f"the run would take {'; and '.join(texts)}{why}",
+        where="--max_memory",
+        remedy=f"allow {','.join(enough)}, or choose fewer or shorter samples or methods that need less",
+    )
+
+
+def _limits(budget: MemoryBudget) -> dict[str, str]:
+    given = {"host": budget.host, "device": budget.device}
+    return {place: human_size(size) for place, size in given.items() if size is not None}

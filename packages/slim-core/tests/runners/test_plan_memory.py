@@ -1,0 +1,89 @@
+"""Whether a run stays within its budget, and what is said if it does not."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import pytest
+
+from slim_core.budget import UNLIMITED, MemoryBudget
+from slim_core.devices import Devices
+from slim_core.model.experts import ExpertLayer
+from slim_core.runners.plan_memory import PlannedMemory, plan_memory
+from slim_core.runners.prediction import Share
+
+MIB = 1 << 20
+CPU, NPU = Devices("cpu"), Devices("npu")
+EXPERTS = {"layers.0": (ExpertLayer("layers.0.experts", {0: {"up": "layers.0.experts.0.up"}}),)}
+
+
+def shares(experts: Mapping[str, Sequence[ExpertLayer]]) -> list[list[Share]]:
+    """A stage ahead takes less in all, but more on the device."""
+    weights = 20 if experts else 200
+    main = [Share("weights", weights * MIB, device=True), Share("samples", 100 * MIB), Share("nothing", 0)]
+    ahead = [Share("weights", weights * MIB, device=True), Share("inside", 50 * MIB, host=False, device=True)]
+    return [ahead, main]
+
+
+def planned(budget: MemoryBudget, devices: Devices = CPU, why_whole: str = "", experts: bool = True) -> PlannedMemory:
+    return plan_memory(budget, devices, shares, EXPERTS if experts else {}, why_whole)
+
+
+@pytest.mark.parametrize("budget", [UNLIMITED, MemoryBudget(300 * MIB), MemoryBudget(device=1)])
+def test_nothing_changes_where_it_fits(budget: MemoryBudget) -> None:
+    """On the CPU there is no device to have a budget for."""
+    memory = planned(budget)
+    assert (memory.by_expert, memory.refusal, memory.peak) == (False, None, 300 * MIB)
+    assert "one at a time" not in memory.summary()
+
+
+def test_one_expert_at_a_time_where_it_does_not() -> None:
+    memory = planned(MemoryBudget(300 * MIB - 1))
+    assert (memory.by_expert, memory.refusal, memory.peak) == (True, None, 120 * MIB)
+    assert memory.summary() == (
+        "about 120.0 MiB beyond the process itself; the budget is 300.0 MiB for the host; so experts are in memory one "
+        "at a time, read when they are called and given back afterwards"
+    )
+
+
+def test_refused_where_that_does_not_help() -> None:
+    memory = planned(MemoryBudget(120 * MIB - 1))
+    assert memory.refusal is not None
+    assert memory.refusal.where == "--max_memory"
+    assert memory.refusal.what == (
+        "the run would take about 120.0 MiB of host memory, not 120.0 MiB: 100.0 MiB samples, 20.0 MiB weights, even "
+        "with one expert at a time in memory"
+    )
+    assert memory.refusal.remedy is not None
+    assert memory.refusal.remedy.startswith("allow host=120MiB, or ")
+    assert planned(MemoryBudget(120 * MIB)).refusal is None
+
+
+@pytest.mark.parametrize(
+    ("why", "experts", "said"),
+    [
+        ("because", True, "(because)"),
+        ("", False, "(the model has no routed experts that could be"),
+        ("so", False, "(so)"),
+    ],
+)
+def test_refused_at_once_where_it_cannot_help(why: str, experts: bool, said: str) -> None:
+    memory = planned(MemoryBudget(200 * MIB), why_whole=why, experts=experts)
+    assert not memory.by_expert
+    assert memory.refusal is not None
+    assert said in memory.refusal.what
+    assert "about 300.0 MiB of host memory" in memory.refusal.what
+    assert planned(MemoryBudget(300 * MIB), why_whole=why, experts=experts).refusal is None
+
+
+def test_a_device_has_a_budget_of_its_own() -> None:
+    assert not planned(MemoryBudget(300 * MIB, 250 * MIB), NPU).by_expert
+    assert planned(MemoryBudget(300 * MIB, 250 * MIB - 1), NPU).by_expert
+    assert planned(MemoryBudget(300 * MIB - 1, 250 * MIB), NPU).by_expert
+    assert planned(MemoryBudget(120 * MIB, 70 * MIB), NPU).refusal is None
+    both = planned(MemoryBudget(100 * MIB, 60 * MIB), NPU).refusal
+    assert both is not None
+    assert "about 120.0 MiB of host memory, not 100.0 MiB: 100.0 MiB samples" in both.what
+    assert "about 70.0 MiB of device memory, not 60.0 MiB: 50.0 MiB inside, 20.0 MiB weights" in both.what
+    assert both.remedy is not None
+    assert both.remedy.startswith("allow host=120MiB,device=70MiB, or ")
