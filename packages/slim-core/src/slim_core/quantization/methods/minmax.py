@@ -15,7 +15,8 @@ from slim_core.quantization.weights import QuantizedWeight, RowSource, refuse_in
 
 __all__ = ["minmax_weight"]
 
-_SAMPLE_EVERY = 8
+# The error is measured on every eighth block of rows, and there on about as many rows.
+_SAMPLE_EVERY, _SAMPLED_ROWS = 8, 64
 
 
 def magnitudes(rows: Tensor) -> Tensor:
@@ -69,17 +70,18 @@ def minmax_weight(
     def work(start: int) -> tuple[float, float]:
         stop = min(start + block, out)
         steps, s, z = _quantize_rows(by_groups(weight.rows(start, stop).to(device), groups), bits, symmetric)
-        sampled = (start // block) % _SAMPLE_EVERY == 0
-        exact = steps.clone() if sampled else steps
+        sampled = slice(None, None, max(1, (stop - start) // _SAMPLED_ROWS))
+        exact = None if (start // block) % _SAMPLE_EVERY else steps[sampled].clone()
         rounded = steps.round_()
         if not symmetric:  # a symmetric scale keeps every code inside by construction
             rounded.clamp_(-half, half - 1)
         codes[start:stop].copy_(rounded.flatten(1))
         scale[start:stop].copy_(s.squeeze(2))
         offset[start:stop].copy_(z.squeeze(2))
-        if not sampled:
+        if exact is None:
             return 0.0, 0.0
-        return _energy(exact - z, s), _energy(exact - rounded, s)
+        s, z = s[sampled], z[sampled]
+        return _energy(exact - z, s), _energy(exact - rounded[sampled], s)
 
     energies = for_each_block(work, range(0, out, block))
     refuse_infinite(scale, name)
