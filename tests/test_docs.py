@@ -361,6 +361,7 @@ _ASKED = {
     "per_channel": "per channel",
     "grouped": "in groups",
     "symmetric": "symmetric",
+    "packed": "8 divides the input",
     "even_blocks": "64 divides the input",
     "whole_blocks": "32 divides the input",
     "alone": "no groups in the model",

@@ -56,6 +56,8 @@ FORMS = [
     ("vllm-ascend", LayerForm(LayerKind.W8A16, 64), 128, "only per channel, not in groups"),
     ("vllm-ascend", LayerForm(LayerKind.W8A16, symmetric=False), 48, "only without weight_offset"),
     ("vllm-ascend", LayerForm(LayerKind.W4A4_DYNAMIC, symmetric=False), 48, "only without weight_offset"),
+    ("vllm-ascend", LayerForm(LayerKind.W4A4_DYNAMIC), 48, None),
+    ("vllm-ascend", LayerForm(LayerKind.W4A4_DYNAMIC), 77, "only if 8 divides their input features"),
     ("vllm-ascend", LayerForm(LayerKind.W4A16), 48, "has no class for W4A16 linear layers"),
     ("vllm-ascend", LayerForm(LayerKind.W4A8_DYNAMIC), 48, "has no class for W4A8_DYNAMIC linear layers"),
     ("vllm-ascend", LayerForm(LayerKind.WFP8AFP8_DYNAMIC), 48, "fp8_label: W8A8FP8_DYNAMIC"),

@@ -105,6 +105,8 @@ _ASKED: dict[str, tuple[Callable[[LayerForm, int | None], bool], str]] = {
     "per_channel": (lambda form, _: not form.group_size, "only per channel, not in groups"),
     "grouped": (lambda form, _: form.group_size > 0, "only in groups, not per channel"),
     "symmetric": (lambda form, _: form.symmetric, "only without weight_offset; quantize symmetrically"),
+    # Its inputs are packed as it runs, eight to a number of 32 bits.
+    "packed": (lambda _, width: not (width or 0) % 8, "only if 8 divides their input features"),
     "even_blocks": (lambda _, width: not (width or 0) % 64, "only if 64 divides their input features"),
     "whole_blocks": (lambda _, width: not (width or 0) % 32, "only if 32 divides their input features"),
     "alone": (lambda _form, _width: True, "only in models without groups"),  # see refused_together
