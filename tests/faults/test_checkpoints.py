@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -484,17 +483,10 @@ TENSORS = {
 
 
 TABLES = {"config": CONFIG, "file": FILES, "tensor": TENSORS}
+ROWS = [pytest.param(*row, id=f"{table}: {name}") for table, rows in TABLES.items() for name, row in rows.items()]
 
 
-# Defects of Slim that this corpus has found.
-def rows() -> Iterator[Any]:
-    for table, faults in TABLES.items():
-        for name, row in faults.items():
-            name = f"{table}: {name}"
-            yield pytest.param(*row, id=name)
-
-
-@pytest.mark.parametrize(("fault", "kind", "what", "where", "remedy"), list(rows()))
+@pytest.mark.parametrize(("fault", "kind", "what", "where", "remedy"), ROWS)
 @pytest.mark.filterwarnings("ignore:Casting complex")
 def test_broken_checkpoint(workplace, refused, fault: Callable[..., object], kind, what, where, remedy) -> None:
     fault(workplace)
