@@ -152,3 +152,27 @@ def deploy(model: nn.Module, written: Written, below: str = "") -> None:
     for module in written.quantized():
         if module.startswith(below):
             model.set_submodule(module, Deployed(written, module))
+
+
+class Fp8Blocks:
+    """Matrices in square blocks of float8, with a factor for each, as DeepSeek-V3 is published."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def encoded(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Codes and factors."""
+        rows, columns = weight.shape
+        codes = torch.zeros(rows, columns, dtype=torch.float8_e4m3fn)
+        factors = torch.zeros(-(-rows // self.size), -(-columns // self.size))
+        for i in range(len(factors)):
+            for j in range(len(factors[0])):
+                at = slice(i * self.size, (i + 1) * self.size), slice(j * self.size, (j + 1) * self.size)
+                factors[i, j] = weight[at].float().abs().max() / 448
+                codes[at] = (weight[at].float() / factors[i, j]).to(torch.float8_e4m3fn)
+        return codes, factors
+
+    def decoded(self, codes: Tensor, factors: Tensor) -> Tensor:
+        rows, columns = codes.shape
+        each = torch.kron(factors, torch.ones(self.size, self.size))
+        return (codes.float() * each[:rows, :columns]).bfloat16()

@@ -54,29 +54,10 @@ def rule(act: dict[str, Any] | None, weight: dict[str, Any], **names: Any) -> di
     return {"type": "linear_quant", "qconfig": {"act": act, "weight": weight}, **names}
 
 
-def encoded(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """A matrix in blocks of float8, and their factors."""
-    rows, columns = weight.shape
-    codes = torch.zeros(rows, columns, dtype=torch.float8_e4m3fn)
-    factors = torch.zeros(-(-rows // BLOCK), -(-columns // BLOCK))
-    for i in range(len(factors)):
-        for j in range(len(factors[0])):
-            at = slice(i * BLOCK, (i + 1) * BLOCK), slice(j * BLOCK, (j + 1) * BLOCK)
-            factors[i, j] = weight[at].float().abs().max() / 448
-            codes[at] = (weight[at].float() / factors[i, j]).to(torch.float8_e4m3fn)
-    return codes, factors
-
-
-def decoded(codes: Tensor, factors: Tensor) -> Tensor:
-    rows, columns = codes.shape
-    each = torch.kron(factors, torch.ones(BLOCK, BLOCK))
-    return (codes.float() * each[:rows, :columns]).bfloat16()
-
-
-def published(folder: Path, family: str, path: Path, *, fp8: bool = False) -> dict[str, Tensor]:
+def published(folder: Path, family: str, path: Path, *, fp8: Any = None) -> dict[str, Tensor]:
     """A model as it is on the hub, with a layer that predicts another token; its tensors in floating point.
 
-    GLM-4.5 has biases in its attention. FP8: linears in blocks of float8.
+    GLM-4.5 has biases in its attention. ``fp8`` of ``naive.py``: linears in blocks of float8.
     """
     path.mkdir()
     for file in folder.iterdir():
@@ -108,8 +89,8 @@ def published(folder: Path, family: str, path: Path, *, fp8: bool = False) -> di
     stored = dict(tensors)
     if fp8:
         for name in [n for n in tensors if is_linear(n) and "eh_proj" not in n]:
-            stored[name], stored[f"{name}_scale_inv"] = encoded(tensors[name])
-            tensors[name] = decoded(stored[name], stored[f"{name}_scale_inv"])
+            stored[name], stored[f"{name}_scale_inv"] = fp8.encoded(tensors[name])
+            tensors[name] = fp8.decoded(stored[name], stored[f"{name}_scale_inv"])
     save_file(stored, path / "model.safetensors", {"format": "pt"})
     return tensors
 
@@ -155,7 +136,7 @@ def check(written: Any, naive: ModuleType, family: str, tensors: dict[str, Tenso
 def test_a_rule_for_everything(
     naive: ModuleType, model_folder: ModelFolder, quantize: Quantize, tmp_path: Path, family: str, fp8: bool
 ) -> None:
-    tensors = published(model_folder(family), family, tmp_path / "model", fp8=fp8)
+    tensors = published(model_folder(family), family, tmp_path / "model", fp8=naive.Fp8Blocks(BLOCK) if fp8 else None)
     result = quantize(tmp_path / "model", tmp_path / "out", "dynamic")
     assert [text for text in result.warnings if "draft" in text] == []
     check(naive.read(tmp_path / "out"), naive, family, tensors)
@@ -250,7 +231,7 @@ def rewrite(folder: Path, tensors: dict[str, Tensor]) -> None:
 def test_static_rules_become_dynamic(
     naive: ModuleType, model_folder: ModelFolder, quantize: Quantize, tmp_path: Path, act: str
 ) -> None:
-    tensors = published(model_folder("deepseek_v3"), "deepseek_v3", tmp_path / "model", fp8=True)
+    tensors = published(model_folder("deepseek_v3"), "deepseek_v3", tmp_path / "model", fp8=naive.Fp8Blocks(BLOCK))
     process = [rule(STATIC | {"scope": act}, CHANNELS)]
     quantize(tmp_path / "model", tmp_path / "out", process=process)
     written = naive.read(tmp_path / "out")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -25,26 +26,7 @@ QUANTIZATION = {
 }
 
 
-def encoded(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """A matrix in blocks of float8, and their factors."""
-    rows, columns = weight.shape
-    codes = torch.zeros(rows, columns, dtype=torch.float8_e4m3fn)
-    factors = torch.zeros(-(-rows // BLOCK), -(-columns // BLOCK))
-    for i in range(len(factors)):
-        for j in range(len(factors[0])):
-            at = slice(i * BLOCK, (i + 1) * BLOCK), slice(j * BLOCK, (j + 1) * BLOCK)
-            factors[i, j] = weight[at].float().abs().max() / 448
-            codes[at] = (weight[at].float() / factors[i, j]).to(torch.float8_e4m3fn)
-    return codes, factors
-
-
-def decoded(codes: Tensor, factors: Tensor) -> Tensor:
-    rows, columns = codes.shape
-    each = torch.kron(factors, torch.ones(BLOCK, BLOCK))
-    return (codes.float() * each[:rows, :columns]).bfloat16()
-
-
-def published(folder: Path, path: Path) -> dict[str, Tensor]:
+def published(folder: Path, path: Path, fp8: Any) -> dict[str, Tensor]:
     """DeepSeek-V3 in blocks of float8, with a layer that predicts another token and that no block is like (as LongCat
     has it)."""
     path.mkdir()
@@ -71,14 +53,17 @@ def published(folder: Path, path: Path) -> dict[str, Tensor]:
     for name, value in (model | more).items():
         tensors[name] = value
         if (name.endswith("_proj.weight") and "eh_proj" not in name) or "kv_a_proj_with_mqa" in name:
-            tensors[name], tensors[f"{name}_scale_inv"] = encoded(value)
+            tensors[name], tensors[f"{name}_scale_inv"] = fp8.encoded(value)
     save_file(tensors, path / "model.safetensors")
     return tensors
 
 
-def test_a_layer_that_is_not_understood_in_blocks_of_float8(model_folder: Any, quantize: Any, tmp_path: Path) -> None:
+def test_a_layer_that_is_not_understood_in_blocks_of_float8(
+    naive: ModuleType, model_folder: Any, quantize: Any, tmp_path: Path
+) -> None:
     """config.json loses quantization_config, so nothing may be left that only it explains."""
-    tensors = published(model_folder("deepseek_v3"), tmp_path / "model")
+    fp8 = naive.Fp8Blocks(BLOCK)
+    tensors = published(model_folder("deepseek_v3"), tmp_path / "model", fp8)
     result: RunResult = quantize(tmp_path / "model", tmp_path / "out", "dynamic")
     assert [unit.name for unit in result.units][-2:] == ["epilogue", "extra"]
     (file,) = (tmp_path / "out").glob("*.safetensors")
@@ -94,15 +79,18 @@ def test_a_layer_that_is_not_understood_in_blocks_of_float8(model_folder: Any, q
     assert {name for name in written if name.startswith(MTP)} == set(mine)
     for name in mine:
         factors = tensors.get(f"{name}_scale_inv")
-        assert torch.equal(written[name], tensors[name] if factors is None else decoded(tensors[name], factors)), name
+        assert torch.equal(written[name], tensors[name] if factors is None else fp8.decoded(tensors[name], factors)), (
+            name
+        )
         assert description[name] == "FLOAT"
     assert description["model.layers.2.mlp.experts.7.down_proj.weight"] == "W8A8_DYNAMIC"
     check = verify_folder(tmp_path / "out", tmp_path / "model", "vllm-ascend")
     assert check.ok, check.problems
 
 
-def test_factors_of_that_layer_are_missing(model_folder: Any, quantize: Any, tmp_path: Path) -> None:
-    tensors = published(model_folder("deepseek_v3"), tmp_path / "model")
+def test_factors_of_that_layer_are_missing(naive: ModuleType, model_folder: Any, quantize: Any, tmp_path: Path) -> None:
+    fp8 = naive.Fp8Blocks(BLOCK)
+    tensors = published(model_folder("deepseek_v3"), tmp_path / "model", fp8)
     del tensors[f"{MTP}transformer_layer.mlp.experts.0.up_proj.weight_scale_inv"]
     save_file(tensors, tmp_path / "model" / "model.safetensors")
     with pytest.raises(InvalidModelError, match=r"_layer\.mlp\.experts\.0\.up_proj\.weight_scale_inv' beside it"):
