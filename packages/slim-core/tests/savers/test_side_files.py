@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from slim_core.savers.side_files import copy_side_files, write_json
 
@@ -95,3 +97,14 @@ def test_json_is_ascii_without_a_final_newline_and_private(tmp_path: Path) -> No
     assert path.read_bytes() == b'{\n    "b": "\\u00e9",\n    "a": 1\n}'
     write_json(tmp_path / "new.json", {}, indent=2)
     assert (tmp_path / "new.json").stat().st_mode & 0o777 == 0o600
+
+
+_SCALARS = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text()
+_JSON = st.recursive(_SCALARS, lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner))
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(content=_JSON, indent=st.integers(1, 4))
+def test_json_is_laid_out_as_the_library_would(tmp_path, content, indent):
+    write_json(tmp_path / "file.json", content, indent)
+    assert (tmp_path / "file.json").read_text("utf-8") == json.dumps(content, indent=indent)

@@ -7,17 +7,19 @@ from functools import partial
 from itertools import groupby
 from typing import Literal
 
+import torch
 from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from slim_core.errors import UnsupportedError
 from slim_core.model.units import LinearInfo
 from slim_core.processors.base import Assignment, LinearRule, LinearWork, Processor, UnitWork
+from slim_core.quantization import row_blocks
 from slim_core.quantization.building import build_layer, check_shape, needs_of
 from slim_core.quantization.kinds import layer_form
 from slim_core.quantization.methods import quantize_weight
 from slim_core.quantization.methods.gptq import gptq_bytes
-from slim_core.quantization.row_blocks import rows_per_block, side_by_side
+from slim_core.quantization.row_blocks import on_one_thread, rows_per_block
 from slim_core.quantization.weights import MxWeight, QuantizedWeight
 from slim_core.recipe import Exclude, Include, LinearQConfig, NameFilter, Phase, ProcessorConfig
 
@@ -72,18 +74,25 @@ class LinearQuant(Processor):
         return max((gptq_bytes(info.out_features, info.in_features) for info in own), default=0)
 
     def process(self, work: UnitWork) -> None:
-        owned = list(work.owned_by(self.position))
+        method = self.config.qconfig.weight.method
         # Small ones, such as those of experts, would each keep a single thread busy.
-        together = work.device.type == "cpu" and self.config.qconfig.weight.method != "gptq"
-        for several, group in groupby(owned, lambda linear: together and _is_small(linear.info)):
+        together = work.device.type == "cpu" and method != "gptq"
+        for small, group in groupby(work.owned_by(self.position), lambda linear: together and _is_small(linear.info)):
             linears = list(group)
-            weights = (partial(self._quantized, linear, work) for linear in linears)
-            made = side_by_side(weights) if several else (job() for job in weights)
-            for linear, weight in zip(linears, made, strict=True):
-                name, seen = linear.info.name, work.seen(linear.info.name)
-                form, act = linear.assignment.form, self.config.qconfig.act
-                layer = build_layer(form, weight, act, seen=seen, bias=linear.bias, name=name, dtype=work.dtype)
-                work.finish(linear, layer, weight.sqnr_db)
+            if small and method == "minmax":  # so quick that handing them over one by one would take as long
+                on_one_thread(partial(self._finish_all, linears, work))
+            else:
+                self._finish_all(linears, work, side_by_side=small)
+
+    @torch.no_grad()
+    def _finish_all(self, linears: Sequence[LinearWork], work: UnitWork, *, side_by_side: bool = False) -> None:
+        jobs = (partial(self._quantized, linear, work) for linear in linears)
+        made = row_blocks.side_by_side(jobs) if side_by_side else (job() for job in jobs)
+        for linear, weight in zip(linears, made, strict=True):
+            name, seen = linear.info.name, work.seen(linear.info.name)
+            form, act = linear.assignment.form, self.config.qconfig.act
+            layer = build_layer(form, weight, act, seen=seen, bias=linear.bias, name=name, dtype=work.dtype)
+            work.finish(linear, layer, weight.sqnr_db)
 
     def _quantized(self, linear: LinearWork, work: UnitWork) -> QuantizedWeight | MxWeight:
         return quantize_weight(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from dataclasses import asdict
 from importlib.resources import files
@@ -16,7 +15,7 @@ from slim_core.evaluation.report.plots import MAX_LINES, draw_plots
 from slim_core.processors.base import Assignment, AttentionAssignment
 from slim_core.runners.plan import Plan
 from slim_core.runners.run import RunResult
-from slim_core.savers.side_files import FOLDER_MODE, write_text
+from slim_core.savers.side_files import FOLDER_MODE, write_json, write_text
 from slim_core.sizes import human_size
 from slim_core.smoothing.scales import SmoothingNote
 
@@ -38,15 +37,11 @@ def write_report(folder: Path, plan: Plan, result: RunResult, *, title: str, deb
         OSError: a file cannot be written.
     """
     data = collect(folder, plan, result, title=title)
-    _write(folder / "report.json", data.as_json())
+    write_json(folder / "report.json", data.as_json(), indent=2)
     if debug:
         (folder / "debug_info").mkdir(mode=FOLDER_MODE, exist_ok=True)
-        _write(folder / "debug_info" / "debug_info.json", _debug_info(data, plan))
+        write_json(folder / "debug_info" / "debug_info.json", _debug_info(data, plan), indent=2)
     write_text(folder / "report.html", _page(data))
-
-
-def _write(path: Path, content: dict[str, Any]) -> None:
-    write_text(path, json.dumps(content, indent=2, allow_nan=False))
 
 
 def _page(data: ReportData) -> str:
