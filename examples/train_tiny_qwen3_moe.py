@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import tiny_corpus
 import torch
 import train_tiny_qwen3 as dense
 from tokenizers import Tokenizer
@@ -164,8 +165,7 @@ def export(model: Any, held_out: np.ndarray, source: Path, folder: Path) -> dict
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--docs", type=Path, default=Path("/usr/share/doc/python3.11/html"))
-    parser.add_argument("--stdlib", type=Path, default=Path("/usr/lib/python3.11"))
+    tiny_corpus.add_arguments(parser)
     parser.add_argument("--work", type=Path, required=True, help="folder for the training's progress")
     parser.add_argument("--source", type=Path, default=HERE / "tiny-qwen3", help="the dense model")
     parser.add_argument("--out", type=Path, default=HERE / "tiny-qwen3-moe", help="model folder")
@@ -181,13 +181,11 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     torch.manual_seed(options.seed)
     options.work.mkdir(parents=True, exist_ok=True)
-    pages = dense.read_pages(options.docs)
-    held_out = "\n".join(pages.pop(name) for name in dense.HELD_OUT)
-    texts = [text for text in pages.values() if len(text) > 200] + dense.read_docstrings(options.stdlib)
+    corpus = tiny_corpus.read_corpus(options.docs, options.stdlib)
     tokenizer = Tokenizer.from_file(str(options.source / "tokenizer.json"))
-    end = tokenizer.token_to_id(dense.END_OF_TEXT)
-    documents = [np.array([*found.ids, end], dtype=np.uint16) for found in tokenizer.encode_batch(texts)]
-    tokens = np.array(tokenizer.encode(held_out).ids, dtype=np.uint16)
+    end = tokenizer.token_to_id(tiny_corpus.END_OF_TEXT)
+    documents = [np.array([*found.ids, end], dtype=np.uint16) for found in tokenizer.encode_batch(corpus.texts)]
+    tokens = np.array(tokenizer.encode(corpus.held_out).ids, dtype=np.uint16)
     model = upcycled(options.source)
     statistics = train(model, documents, tokens, options)
     print(json.dumps(statistics | export(model, tokens, options.source, options.out), indent=2))

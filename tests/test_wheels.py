@@ -173,11 +173,26 @@ def test_data_files_are_real_files(wheels: dict[str, Path]) -> None:
         assert llm[f"slim_llm/{path.relative_to(ROOT)}"] == path.read_bytes()
     samples = ROOT / "lab_calib" / "mix_calib.jsonl"
     assert llm["slim_llm/lab_calib/mix_calib.jsonl"] == samples.read_bytes()
+    vlm = content(wheels["slim-vlm"])
+    images = sorted((ROOT / "lab_calib" / "calibImages").iterdir())
+    assert images
+    for path in (*practices, *images):
+        assert vlm[f"slim_vlm/{path.relative_to(ROOT)}"] == path.read_bytes()
     sources = ROOT / "packages" / "slim-core" / "src"
     data = [*sources.rglob("templates/*.j2"), *sources.rglob("loader_tables.yaml")]
     assert len(data) >= 2
     for path in data:
         assert core[str(path.relative_to(sources))] == path.read_bytes()
+
+
+def test_calibration_sets_are_in_one_wheel_each(wheels: dict[str, Path]) -> None:
+    """And the scripts that draw the images in none."""
+    found = {name: [path for path in content(wheel) if "/lab_calib/" in path] for name, wheel in wheels.items()}
+    sets = {name: {path.split("/")[2] for path in paths} - {"README.md"} for name, paths in found.items()}
+    assert {name: kept for name, kept in sets.items() if kept} == {
+        "slim-llm": {"mix_calib.jsonl"},
+        "slim-vlm": {"calibImages"},
+    }
 
 
 def test_documented_build_makes_the_same_wheels(wheels: dict[str, Path], tmp_path: Path) -> None:

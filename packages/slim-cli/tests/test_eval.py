@@ -53,5 +53,5 @@ def test_eval_of_an_unknown_kind_of_model(slim, tmp_path: Path) -> None:
     found = slim("eval", tmp_path)
     assert found.exit_code == 1
     assert "error 301 UnsupportedError: " in found.stderr
-    assert "no installed package knows this kind of model" in found.stderr
+    assert "no installed package can score this kind of model" in found.stderr
     assert "error 201 InvalidModelError: " in slim("eval", tmp_path / "nowhere").stderr

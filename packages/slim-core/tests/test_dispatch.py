@@ -33,7 +33,7 @@ class FakeService:
     def pedigree(self, model_type: str) -> str | None:
         return self.known.get(model_type)
 
-    def handles(self, model_path: Path) -> bool:
+    def handles(self, model_path: Path, *, images: bool = False) -> bool:
         if isinstance(self.claim, Exception):
             raise self.claim
         return self.claim
@@ -228,7 +228,7 @@ def test_the_service_of_a_folder(tmp_path: Path, install: Install) -> None:
     with pytest.raises(InvalidModelError, match=r"config\.json is torn"):
         service_for(tmp_path)
     install(a=no)
-    with pytest.raises(UnsupportedError, match=r"no installed package knows this kind of model .pip install slim-llm"):
+    with pytest.raises(UnsupportedError, match=r"no installed package can score this kind of model .pip install slim-llm"):
         service_for(tmp_path)
 
 

@@ -6,7 +6,8 @@ import importlib.util
 import json
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -191,10 +192,49 @@ def naive_attention() -> ModuleType:
     return _beside("naive_attention")
 
 
+@pytest.fixture(scope="session")
+def drafts() -> ModuleType:
+    """Models with a drafting layer, ``drafts.py`` in this folder."""
+    return _beside("drafts")
+
+
 @pytest.fixture
 def no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
     """Reports without pictures: drawing takes longer than all the rest of a small run."""
     monkeypatch.setattr("slim_core.evaluation.report.write.draw_plots", lambda _data: {})
+
+
+@pytest.fixture(scope="session")
+def content() -> Callable[..., dict[str, bytes]]:
+    """``content(folder, *skipped)``: all files of an output but those that tell of time, and those named."""
+
+    def read(folder: Path, *skipped: str) -> dict[str, bytes]:
+        skipped = (*skipped, "report.json", "report.html")
+        paths = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name not in skipped)
+        return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
+
+    return read
+
+
+@pytest.fixture
+def killed(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any, str], AbstractContextManager[None]]:
+    """``with killed(LinearQuant, "model.layers.1"):``: a run that dies once that processor is through with the unit."""
+
+    @contextmanager
+    def dying(processor: Any, unit: str) -> Generator[None]:
+        process = processor.process
+
+        def failing(self: Any, work: Any) -> None:
+            process(self, work)
+            if work.name == unit:
+                raise RuntimeError("killed")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(processor, "process", failing)
+            with pytest.raises(RuntimeError, match="killed"):
+                yield
+
+    return dying
 
 
 ModelFolder = Callable[..., Path]
@@ -228,6 +268,12 @@ def token_ids() -> list[list[int]]:
     """The tokens of the calibration set."""
     tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
     return [tokenizer(text)["input_ids"] for text in TEXTS]
+
+
+@pytest.fixture(scope="session")
+def rules() -> dict[str, dict[str, Any]]:
+    """The short names of the schemes, each with a processor that quantizes all linears so."""
+    return {name: {"type": "linear_quant", "qconfig": qconfig} for name, qconfig in SCHEMES.items()}
 
 
 Quantize = Callable[..., RunResult]

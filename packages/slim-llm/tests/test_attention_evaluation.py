@@ -32,16 +32,8 @@ TEXT = (
     "The yield expression is used when defining a generator function. Using a yield expression in the body of a "
     "function causes that function to be a generator function.\n"
 )
-LINEAR = {
-    "type": "linear_quant",
-    "qconfig": {
-        "act": {"dtype": "int8", "scope": "per_token", "symmetric": True, "method": "minmax"},
-        "weight": {"dtype": "int8", "scope": "per_channel", "symmetric": True, "method": "minmax"},
-    },
-}
 CACHE: dict[str, Any] = {"type": "dynamic_cache"}
 KERNEL: dict[str, Any] = {"type": "fa3_quant"}
-C8 = [{"type": "group", "configs": [LINEAR, CACHE]}]
 ATTENTION = "model.layers.{}.self_attn"
 ModelFolder = Callable[..., Path]
 Quantize = Callable[..., Any]
@@ -74,6 +66,7 @@ def perplexity(model: Any, **options: Callable[[], Any]) -> float:
 
 @pytest.mark.parametrize(("family", "symmetric"), [("llama", True), ("gemma3", False), ("phi3", True)])
 def test_evaluation_computes_with_the_written_cache(
+    rules: Any,
     naive_attention: ModuleType,
     naive: ModuleType,
     model_folder: ModelFolder,
@@ -83,7 +76,7 @@ def test_evaluation_computes_with_the_written_cache(
     symmetric: bool,
 ) -> None:
     folder, out = model_folder(family), tmp_path / "out"
-    quantize(folder, out, process=[LINEAR, CACHE | {"qconfig": {"symmetric": symmetric}}])
+    quantize(folder, out, process=[rules["dynamic"], CACHE | {"qconfig": {"symmetric": symmetric}}])
     written = naive.read(out)
     deployed = naive_attention.load(folder)
     naive.deploy(deployed, written)
@@ -178,6 +171,7 @@ def latent(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_model_that_shows_only_its_cache(
+    rules: Any,
     naive_attention: ModuleType,
     naive: ModuleType,
     falcon: Path,
@@ -186,7 +180,7 @@ def test_a_model_that_shows_only_its_cache(
     tmp_path: Path,
 ) -> None:
     out = tmp_path / "out"
-    quantize(falcon, out, process=C8)
+    quantize(falcon, out, process=[{"type": "group", "configs": [rules["dynamic"], CACHE]}])
     written = naive.read(out)
     states = naive_attention.cached_states(naive_attention.load(falcon), token_ids)
     for layer in range(BLOCKS):
@@ -238,18 +232,19 @@ def test_a_hybrid_whose_first_layers_keep_no_keys(
     assert evaluate(folder, out, tmp_path).quantized_perplexity == pytest.approx(expected, rel=1e-4)
 
 
-@pytest.mark.parametrize("process", [[KERNEL], [LINEAR, KERNEL]])
+@pytest.mark.parametrize("linears", [[], ["dynamic"]])
 def test_latent_attention(
+    rules: Any,
     naive_attention: ModuleType,
     naive: ModuleType,
     latent: Path,
     quantize: Quantize,
     token_ids: list[list[int]],
     tmp_path: Path,
-    process: list[Any],
+    linears: list[str],
 ) -> None:
     out = tmp_path / "out"
-    result = quantize(latent, out, process=process)
+    result = quantize(latent, out, process=[*(rules[scheme] for scheme in linears), KERNEL])
     assert not [warning for warning in result.warnings if "no class for latent" in warning]
     written = naive.read(out)
     states = naive_attention.cached_states(naive_attention.load(latent), token_ids)

@@ -28,6 +28,7 @@ from slim_llm.service import LlmService
 
 TOKENIZER = Path(__file__).parents[3] / "examples" / "tiny-qwen3"
 BLOCKS, SAMPLES, LENGTH = 3, 5, 24
+RECIPE = "tiny_best_practice.yaml"
 LINEAR = {
     "type": "linear_quant",
     "qconfig": {
@@ -42,12 +43,6 @@ ATTENTION = "model.layers.{}.self_attn"
 ModelFolder = Callable[..., Path]
 Quantize = Callable[..., Any]
 pytestmark = pytest.mark.usefixtures("no_plots")
-
-
-def content(folder: Path) -> dict[str, bytes]:
-    """All files but those that tell of time and of the recipe."""
-    skipped = ("report.json", "report.html", "tiny_best_practice.yaml")
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.name not in skipped}
 
 
 @pytest.mark.parametrize(
@@ -91,14 +86,14 @@ def test_scales_of_the_cache_are_those_of_plain_forwards(
 
 
 def test_the_order_of_the_samples_does_not_matter(
-    naive: ModuleType, model_folder: ModelFolder, quantize: Quantize, dataset: Path, tmp_path: Path
+    content: Any, naive: ModuleType, model_folder: ModelFolder, quantize: Quantize, dataset: Path, tmp_path: Path
 ) -> None:
     turned = tmp_path / "turned.jsonl"
     turned.write_text("".join(f"{line}\n" for line in reversed(dataset.read_text().splitlines())))
     process = [CACHE | {"include": ["*.0.*"]}, KERNEL | {"qconfig": {"ext": {"ratio": 0.99}}, "exclude": ["*.0.*"]}]
     for name, data in (("a", dataset), ("b", turned)):
         quantize(model_folder("llama"), tmp_path / name, process=process, dataset=str(data))
-    assert content(tmp_path / "a") == content(tmp_path / "b")
+    assert content(tmp_path / "a", RECIPE) == content(tmp_path / "b", RECIPE)
 
 
 def record_attention(model: Any, ids: list[list[int]], monkeypatch: pytest.MonkeyPatch) -> dict[int, list[Any]]:
@@ -210,36 +205,28 @@ def test_the_cache_alone_is_propagated(
     ("process", "runner"), [([LINEAR, CACHE], "layer_wise"), ([CACHE, LINEAR], "layer_wise"), (C8, "model_wise")]
 )
 def test_the_same_bytes_whatever_the_runner_and_the_grouping(
-    model_folder: ModelFolder, quantize: Quantize, tmp_path: Path, process: list[Any], runner: str
+    content: Any, model_folder: ModelFolder, quantize: Quantize, tmp_path: Path, process: list[Any], runner: str
 ) -> None:
     quantize(model_folder("mistral"), tmp_path / "usual", process=C8)
     result = quantize(model_folder("mistral"), tmp_path / "out", process=process, runner=runner)
     assert result.block_forwards == BLOCKS * SAMPLES
-    assert content(tmp_path / "out") == content(tmp_path / "usual")
+    assert content(tmp_path / "out", RECIPE) == content(tmp_path / "usual", RECIPE)
 
 
 @pytest.mark.parametrize(("unit", "propagate"), [("model.layers.1", "quantized"), ("model.layers.2", "float")])
 def test_a_run_that_was_killed_is_resumed(
+    killed: Any,
+    content: Any,
     model_folder: ModelFolder,
     quantize: Quantize,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
     unit: str,
     propagate: str,
 ) -> None:
     model = model_folder("qwen2")
     whole = quantize(model, tmp_path / "whole", process=C8, propagate=propagate)
-    process = DynamicCacheProcessor.process
-
-    def failing(self: Any, work: Any) -> None:
-        process(self, work)
-        if work.name == unit:
-            raise RuntimeError("killed")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(DynamicCacheProcessor, "process", failing)
-        with pytest.raises(RuntimeError, match="killed"):
-            quantize(model, tmp_path / "out", process=C8, propagate=propagate)
+    with killed(DynamicCacheProcessor, unit):
+        quantize(model, tmp_path / "out", process=C8, propagate=propagate)
     result = quantize(model, tmp_path / "out", process=C8, propagate=propagate, resume=True)
     assert result.resumed_units >= 1
     assert result.attentions == whole.attentions

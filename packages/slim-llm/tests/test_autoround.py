@@ -272,32 +272,20 @@ def test_quantized_inputs_make_up_for_earlier_blocks(
     assert any(naive.bits(first[1][name]) != naive.bits(tensor) for name, tensor in first[0].items())
 
 
-def content(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.glob("quant_model*"))}
-
-
 @pytest.mark.parametrize("propagate", ["float", "quantized"])
 def test_a_run_that_was_killed_is_resumed(
+    killed: Any,
+    content: Any,
     model_folder: ModelFolder,
     runs: Callable[[str, str], Path],
     quantize: Quantize,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
     propagate: str,
 ) -> None:
     """To the same bytes, whatever the state of the global generator of random numbers."""
     options = recipe(SCHEMES["w4a8"]) | {"propagate": propagate}
-    process = AutoroundQuant.process
-
-    def failing(self: AutoroundQuant, work: Any) -> None:
-        process(self, work)
-        if work.name == "model.layers.2":
-            raise RuntimeError("killed")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(AutoroundQuant, "process", failing)
-        with pytest.raises(RuntimeError, match="killed"):
-            quantize(model_folder("qwen2"), tmp_path / "out", **options)
+    with killed(AutoroundQuant, "model.layers.2"):
+        quantize(model_folder("qwen2"), tmp_path / "out", **options)
     torch.manual_seed(propagate == "float")
     before = torch.get_rng_state()
     result = quantize(model_folder("qwen2"), tmp_path / "out", resume=True, **options)
@@ -348,6 +336,7 @@ def test_the_recipe_of_laos_and_its_plan(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_other_dtypes_and_runners(
+    content: Any,
     naive: ModuleType,
     model_folder: ModelFolder,
     quantize: Quantize,
@@ -365,7 +354,8 @@ def test_other_dtypes_and_runners(
     model = model_folder("llama", dtype)
     for runner in ("layer_wise", "model_wise"):
         quantize(model, tmp_path / runner, process=process, runner=runner)
-    assert content(tmp_path / "layer_wise") == content(tmp_path / "model_wise")
+    recipe_file = "tiny_best_practice.yaml"
+    assert content(tmp_path / "layer_wise", recipe_file) == content(tmp_path / "model_wise", recipe_file)
     folder = AscendV1Folder(tmp_path / "layer_wise")
     layers = {name: Simulated(folder.layer(name)) for name, _ in folder.layers()}
     assert {str(layer.layer.kind) for layer in layers.values()} == {"W4A16", "W8A8_DYNAMIC"}

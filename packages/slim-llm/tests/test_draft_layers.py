@@ -11,7 +11,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -25,25 +24,6 @@ from slim_llm.models.loading import open_model
 
 ModelFolder = Callable[..., Path]
 Quantize = Callable[..., Any]
-BLOCK = 16
-FP8 = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [BLOCK, BLOCK]}
-JOIN = ("eh_proj", "enorm", "hnorm", "shared_head.norm", "shared_head.head", "embed_tokens")
-# Prefix of the layer, what is inside it besides a block, and what is outside.
-NAMES = {
-    "deepseek_v3": ("model.layers.3.", JOIN, {}),
-    "glm4_moe": ("model.layers.3.", JOIN, {}),
-    "qwen3_next": (
-        "mtp.layers.0.",
-        (),
-        {f"mtp.{name}.weight": name for name in ("fc", "norm", "pre_fc_norm_hidden", "pre_fc_norm_embedding")},
-    ),
-}
-# The linears of a block, written down by hand: the others, such as routers, stay as they are.
-LINEARS = {
-    "deepseek_v3": r"self_attn\.(q_a_proj|q_b_proj|kv_a_proj_with_mqa|kv_b_proj|o_proj)|mlp\..*(gate|up|down)_proj",
-    "glm4_moe": r"self_attn\.[qkvo]_proj|mlp\..*(gate|up|down)_proj",
-    "qwen3_next": r"self_attn\.[qkvo]_proj|mlp\..*(gate|up|down)_proj",
-}
 DRAFTS = "the model class does not run drafting layers, so they are not calibrated: "
 PER_TOKEN: dict[str, Any] = {"dtype": "int8", "scope": "per_token", "symmetric": True, "method": "minmax"}
 STATIC: dict[str, Any] = {"dtype": "int8", "scope": "per_tensor", "symmetric": False, "method": "minmax"}
@@ -54,96 +34,28 @@ def rule(act: dict[str, Any] | None, weight: dict[str, Any], **names: Any) -> di
     return {"type": "linear_quant", "qconfig": {"act": act, "weight": weight}, **names}
 
 
-def published(folder: Path, family: str, path: Path, *, fp8: Any = None) -> dict[str, Tensor]:
-    """A model as it is on the hub, with a layer that predicts another token; its tensors in floating point.
-
-    GLM-4.5 has biases in its attention. ``fp8`` of ``naive.py``: linears in blocks of float8.
-    """
-    path.mkdir()
-    for file in folder.iterdir():
-        if file.suffix == ".json":
-            (path / file.name).write_bytes(file.read_bytes())
-    config = json.loads((path / "config.json").read_text())
-    config |= {"num_nextn_predict_layers": 1} | ({"quantization_config": FP8} if fp8 else {})
-    generator = torch.Generator().manual_seed(7)
-    tensors = load_file(folder / "model.safetensors")
-    dtype = tensors["model.embed_tokens.weight"].dtype
-
-    def random(*shape: int) -> Tensor:
-        return (0.3 * torch.randn(shape, generator=generator)).to(dtype)
-
-    if family == "glm4_moe":
-        config["attention_bias"] = True
-        for name, weight in list(tensors.items()):
-            if re.search(r"self_attn\.[qkv]_proj\.weight$", name):
-                tensors[name.removesuffix("weight") + "bias"] = random(len(weight))
-    (path / "config.json").write_text(json.dumps(config))
-    prefix, inside, outside = NAMES[family]
-    hidden, vocabulary = config["hidden_size"], config["vocab_size"]
-    shapes = {"eh_proj": (hidden, 2 * hidden), "fc": (hidden, 2 * hidden)}
-    shapes |= dict.fromkeys(("shared_head.head", "embed_tokens"), (vocabulary, hidden))
-    own = {n.replace("model.layers.2.", prefix): t for n, t in tensors.items() if n.startswith("model.layers.2.")}
-    own = {n: t + random(*t.shape).to(t.dtype) for n, t in own.items()}
-    tensors |= own | {f"{prefix}{name}.weight": random(*shapes.get(name, (hidden,))) for name in inside}
-    tensors |= {name: random(*shapes.get(part, (hidden,))) for name, part in outside.items()}
-    stored = dict(tensors)
-    if fp8:
-        for name in [n for n in tensors if is_linear(n) and "eh_proj" not in n]:
-            stored[name], stored[f"{name}_scale_inv"] = fp8.encoded(tensors[name])
-            tensors[name] = fp8.decoded(stored[name], stored[f"{name}_scale_inv"])
-    save_file(stored, path / "model.safetensors", {"format": "pt"})
-    return tensors
-
-
-def is_linear(name: str) -> bool:
-    return re.search(r"(_proj|_proj_with_mqa)\.weight$", name) is not None
-
-
-def quantized_of(family: str, tensors: dict[str, Tensor]) -> list[str]:
-    """The linears that a rule for everything quantizes in the drafting layer."""
-    pattern = re.compile(re.escape(NAMES[family][0]) + f"({LINEARS[family]})" + r"\.weight")
-    found = [name.removesuffix(".weight") for name in tensors if pattern.fullmatch(name)]
-    assert len(found) > 10
-    return found
-
-
-def check(written: Any, naive: ModuleType, family: str, tensors: dict[str, Tensor], kind: str = "W8A8_DYNAMIC") -> None:
-    """Hold what was written of a drafting layer against minmax of its own tensors; all of the rest must be the same."""
-    linears = quantized_of(family, tensors)
-    of_layers = ("mtp.", NAMES[family][0])
-    held = {name for name in tensors if name.startswith(of_layers)}
-    parts = {f"{name}.{part}" for name in linears for part in ("weight", "weight_scale", "weight_offset")}
-    assert {name for name in written.tensors if name.startswith(of_layers)} == held | parts
-    for name in linears:
-        codes, scale, _ = naive.weight_codes(tensors[f"{name}.weight"])
-        assert np.array_equal(written.array(f"{name}.weight"), codes), name
-        assert np.array_equal(written.array(f"{name}.weight_scale"), scale), name
-        assert {written.description[f"{name}.{part}"] for part in ("weight", "weight_scale")} == {kind}
-    for name in held - parts:
-        given = tensors[name]
-        if name.removesuffix(".bias") in linears:
-            given = given.float()  # where the format has the bias of a quantized linear
-        assert torch.equal(written.tensors[name], given), name
-        assert written.description[name] == "FLOAT"
-    # Nothing of the checkpoint is missing.
-    assert {name for name in tensors if name not in written.tensors} == set()
-    assert {name for name in tensors if name not in written.description} == set()
-
-
 @pytest.mark.parametrize(
     ("family", "fp8"), [("deepseek_v3", False), ("deepseek_v3", True), ("glm4_moe", False), ("qwen3_next", False)]
 )
 def test_a_rule_for_everything(
-    naive: ModuleType, model_folder: ModelFolder, quantize: Quantize, tmp_path: Path, family: str, fp8: bool
+    drafts: ModuleType,
+    naive: ModuleType,
+    model_folder: ModelFolder,
+    quantize: Quantize,
+    tmp_path: Path,
+    family: str,
+    fp8: bool,
 ) -> None:
-    tensors = published(model_folder(family), family, tmp_path / "model", fp8=naive.Fp8Blocks(BLOCK) if fp8 else None)
+    tensors = drafts.published(
+        model_folder(family), family, tmp_path / "model", fp8=naive.Fp8Blocks(drafts.BLOCK) if fp8 else None
+    )
     result = quantize(tmp_path / "model", tmp_path / "out", "dynamic")
     assert [text for text in result.warnings if "draft" in text] == []
-    check(naive.read(tmp_path / "out"), naive, family, tensors)
+    drafts.check(naive.read(tmp_path / "out"), naive, family, tensors)
     assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
     verified = verify_folder(tmp_path / "out", tmp_path / "model", "vllm-ascend")
     assert verified.ok, verified.problems
-    assert [text for text in map(str, verified.warnings) if NAMES[family][0] in text] == []
+    assert [text for text in map(str, verified.warnings) if drafts.NAMES[family][0] in text] == []
 
 
 @pytest.fixture
@@ -158,10 +70,10 @@ def log() -> Iterator[None]:
 
 @pytest.mark.usefixtures("log")
 def test_the_command_lists_quantizes_and_scores(
-    model_folder: ModelFolder, dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    drafts: ModuleType, model_folder: ModelFolder, dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The plan and the report have every linear with what it becomes and why; what nothing runs is not scored."""
-    tensors = published(model_folder("glm4_moe"), "glm4_moe", tmp_path / "model")
+    tensors = drafts.published(model_folder("glm4_moe"), "glm4_moe", tmp_path / "model")
     recipe, text = tmp_path / "recipe.yaml", tmp_path / "text.txt"
     process = [rule(STATIC, CHANNELS, include=["*.self_attn.*"]), rule(PER_TOKEN, CHANNELS, exclude=["*.self_attn.*"])]
     spec = {"process": process, "save": [{"type": "ascendv1_saver"}], "dataset": str(dataset)}
@@ -185,7 +97,7 @@ def test_the_command_lists_quantizes_and_scores(
     capsys.readouterr()
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     told = {row["name"]: row for row in report["linears"] if row["unit"] == "model.layers.3"}
-    assert set(told) == set(quantized_of("glm4_moe", tensors))
+    assert set(told) == set(drafts.quantized_of("glm4_moe", tensors))
     for name, row in told.items():
         assert row["kind"] == "W8A8_DYNAMIC"
         assert row["reason"] == (why if "self_attn" in name else "spec.process[1]; a drafting layer, not calibrated")
@@ -229,13 +141,15 @@ def rewrite(folder: Path, tensors: dict[str, Tensor]) -> None:
 
 @pytest.mark.parametrize("act", ["per_tensor", "pd_mix"])
 def test_static_rules_become_dynamic(
-    naive: ModuleType, model_folder: ModelFolder, quantize: Quantize, tmp_path: Path, act: str
+    drafts: ModuleType, naive: ModuleType, model_folder: ModelFolder, quantize: Quantize, tmp_path: Path, act: str
 ) -> None:
-    tensors = published(model_folder("deepseek_v3"), "deepseek_v3", tmp_path / "model", fp8=naive.Fp8Blocks(BLOCK))
+    tensors = drafts.published(
+        model_folder("deepseek_v3"), "deepseek_v3", tmp_path / "model", fp8=naive.Fp8Blocks(drafts.BLOCK)
+    )
     process = [rule(STATIC | {"scope": act}, CHANNELS)]
     quantize(tmp_path / "model", tmp_path / "out", process=process)
     written = naive.read(tmp_path / "out")
-    check(written, naive, "deepseek_v3", tensors)
+    drafts.check(written, naive, "deepseek_v3", tensors)
     assert written.kind("model.layers.2.self_attn.q_a_proj") == ("W8A8" if act == "per_tensor" else "W8A8_MIX")
     assert verify_folder(tmp_path / "out", tmp_path / "model").ok
 
@@ -266,10 +180,10 @@ def test_what_is_sparse_by_calibration_stays_float(
 
 
 def test_methods_that_would_look_at_inputs(
-    naive: ModuleType, model_folder: ModelFolder, quantize: Quantize, tmp_path: Path
+    drafts: ModuleType, naive: ModuleType, model_folder: ModelFolder, quantize: Quantize, tmp_path: Path
 ) -> None:
     """GPTQ rounds to nearest with the scales of SSZ, as it does for experts that no token reaches."""
-    tensors = published(model_folder("qwen3_next"), "qwen3_next", tmp_path / "model")
+    tensors = drafts.published(model_folder("qwen3_next"), "qwen3_next", tmp_path / "model")
     written, results = {}, {}
     weighted = {"method": "ssz", "ext": {"weighted": True}}
     for method, options in (("ssz", {"method": "ssz"}), ("gptq", {"method": "gptq"}), ("weighted", weighted)):
@@ -283,7 +197,7 @@ def test_methods_that_would_look_at_inputs(
         for name in mine:
             assert torch.equal(written[method].tensors[name], written["ssz"].tensors[name]), name
         assert not torch.equal(written[method].tensors[linear], written["ssz"].tensors[linear])
-        count = len(quantized_of("qwen3_next", tensors))
+        count = len(drafts.quantized_of("qwen3_next", tensors))
         assert f"{DRAFTS}{text} ({count} linears, e.g. mtp.layers.0.self_attn.q_proj)" in results[method].warnings
         verified = verify_folder(tmp_path / method, tmp_path / "model", "vllm-ascend")
         assert verified.ok, verified.problems
@@ -292,15 +206,15 @@ def test_methods_that_would_look_at_inputs(
 
 
 def test_autoround_rounds_to_nearest(
-    naive: ModuleType, model_folder: ModelFolder, quantize: Quantize, tmp_path: Path
+    drafts: ModuleType, naive: ModuleType, model_folder: ModelFolder, quantize: Quantize, tmp_path: Path
 ) -> None:
-    tensors = published(model_folder("qwen3_next"), "qwen3_next", tmp_path / "model")
+    tensors = drafts.published(model_folder("qwen3_next"), "qwen3_next", tmp_path / "model")
     qconfig = {"act": PER_TOKEN, "weight": {"dtype": "int8", "scope": "per_channel"}}
     strategy = {"qconfig": qconfig, "include": ["*.experts.*"]}
     process = [{"type": "autoround_quant", "iters": 2, "strategies": [strategy]}]
     result = quantize(tmp_path / "model", tmp_path / "out", process=process)
     written = naive.read(tmp_path / "out")
-    experts = [name for name in quantized_of("qwen3_next", tensors) if ".experts." in name]
+    experts = [name for name in drafts.quantized_of("qwen3_next", tensors) if ".experts." in name]
     assert len(experts) == 12
     for name in experts:
         scale, weight = written.tensors[f"{name}.weight_scale"], tensors[f"{name}.weight"].float()
@@ -313,13 +227,13 @@ def test_autoround_rounds_to_nearest(
 
 
 def test_smoothing_does_not_touch_it(
-    naive: ModuleType, model_folder: ModelFolder, quantize: Quantize, tmp_path: Path
+    drafts: ModuleType, naive: ModuleType, model_folder: ModelFolder, quantize: Quantize, tmp_path: Path
 ) -> None:
-    tensors = published(model_folder("glm4_moe"), "glm4_moe", tmp_path / "model")
+    tensors = drafts.published(model_folder("glm4_moe"), "glm4_moe", tmp_path / "model")
     process = [{"type": "iter_smooth"}, rule(PER_TOKEN, CHANNELS)]
     quantize(tmp_path / "model", tmp_path / "out", process=process)
     written = naive.read(tmp_path / "out")
-    check(written, naive, "glm4_moe", tensors)
+    drafts.check(written, naive, "glm4_moe", tensors)
     norm = "model.layers.1.input_layernorm.weight"
     assert not torch.equal(written.tensors[norm], tensors[norm])
 
@@ -333,6 +247,7 @@ LEARNED = [{"process": [{"type": "adapt_rotation", "stage": 1, "steps": 2}]}]
     ids=["quarot", "adapt_rotation"],
 )
 def test_a_rotated_model(
+    drafts: ModuleType,
     naive: ModuleType,
     model_folder: ModelFolder,
     quantize: Quantize,
@@ -341,23 +256,23 @@ def test_a_rotated_model(
     options: dict[str, Any],
 ) -> None:
     """Its codes are those of the rotated weights, which a run without quantization writes in float32."""
-    tensors = published(model_folder("deepseek_v3", torch.float32), "deepseek_v3", tmp_path / "model")
+    tensors = drafts.published(model_folder("deepseek_v3", torch.float32), "deepseek_v3", tmp_path / "model")
     quantize(tmp_path / "model", tmp_path / "float", process=[rotating], **options)
     quantize(tmp_path / "model", tmp_path / "out", process=[rotating, rule(PER_TOKEN, CHANNELS)], **options)
     rotated = naive.read(tmp_path / "float").tensors
     name = "model.layers.3.mlp.experts.0.up_proj.weight"
     assert not torch.allclose(rotated[name], tensors[name])
     del rotated["rot.weight"]  # lies beside the model and is not described
-    check(naive.read(tmp_path / "out"), naive, "deepseek_v3", rotated)
+    drafts.check(naive.read(tmp_path / "out"), naive, "deepseek_v3", rotated)
 
 
 def test_rules_name_it_by_pattern(
-    naive: ModuleType, model_folder: ModelFolder, quantize: Quantize, tmp_path: Path
+    drafts: ModuleType, naive: ModuleType, model_folder: ModelFolder, quantize: Quantize, tmp_path: Path
 ) -> None:
-    tensors = published(model_folder("deepseek_v3"), "deepseek_v3", tmp_path / "model")
+    tensors = drafts.published(model_folder("deepseek_v3"), "deepseek_v3", tmp_path / "model")
     only = quantize(tmp_path / "model", tmp_path / "only", "dynamic", include=["model.layers.3.*"])
     written = naive.read(tmp_path / "only")
-    assert set(written.quantized()) == set(quantized_of("deepseek_v3", tensors))
+    assert set(written.quantized()) == set(drafts.quantized_of("deepseek_v3", tensors))
     assert [text for text in only.warnings if "matches no linear" in text] == []
     quantize(tmp_path / "model", tmp_path / "but", "dynamic", exclude=["model.layers.3.*"])
     written = naive.read(tmp_path / "but")
@@ -372,27 +287,19 @@ def test_rules_name_it_by_pattern(
 
 @pytest.mark.parametrize("act", [PER_TOKEN, STATIC], ids=["dynamic", "static"])
 def test_a_run_killed_in_it_is_resumed(
+    drafts: ModuleType,
+    killed: Any,
     naive: ModuleType,
     model_folder: ModelFolder,
     quantize: Quantize,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
     act: dict[str, Any],
 ) -> None:
-    published(model_folder("qwen3_next"), "qwen3_next", tmp_path / "model")
+    drafts.published(model_folder("qwen3_next"), "qwen3_next", tmp_path / "model")
     process = [rule(act, CHANNELS)]
     whole = quantize(tmp_path / "model", tmp_path / "whole", process=process)
-    plain = LinearQuant.process
-
-    def failing(self: LinearQuant, work: Any) -> None:
-        plain(self, work)
-        if work.name == "mtp.layers.0":
-            raise RuntimeError("killed")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(LinearQuant, "process", failing)
-        with pytest.raises(RuntimeError, match="killed"):
-            quantize(tmp_path / "model", tmp_path / "out", process=process)
+    with killed(LinearQuant, "mtp.layers.0"):
+        quantize(tmp_path / "model", tmp_path / "out", process=process)
     result = quantize(tmp_path / "model", tmp_path / "out", process=process, resume=True)
     assert result.resumed_units == 5
     assert [unit.name for unit in result.units][-3:] == ["epilogue", "mtp.layers.0", "extra"]
@@ -423,19 +330,21 @@ def stacked(tensors: dict[str, Tensor], *, turned: bool) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("turned", [False, True])
 def test_stacked_experts(
-    naive: ModuleType, model_folder: ModelFolder, quantize: Quantize, tmp_path: Path, turned: bool
+    drafts: ModuleType, naive: ModuleType, model_folder: ModelFolder, quantize: Quantize, tmp_path: Path, turned: bool
 ) -> None:
     """Qwen3.5 stores the experts of all layers in stacks; they are written one by one."""
-    tensors = published(model_folder("qwen3_next"), "qwen3_next", tmp_path / "model")
+    tensors = drafts.published(model_folder("qwen3_next"), "qwen3_next", tmp_path / "model")
     save_file(stacked(tensors, turned=turned), tmp_path / "model" / "model.safetensors", {"format": "pt"})
     quantize(tmp_path / "model", tmp_path / "out", "dynamic")
-    check(naive.read(tmp_path / "out"), naive, "qwen3_next", tensors)
+    drafts.check(naive.read(tmp_path / "out"), naive, "qwen3_next", tensors)
     verified = verify_folder(tmp_path / "out", tmp_path / "model", "vllm-ascend")
     assert verified.ok, verified.problems
 
 
-def test_stacks_that_are_no_drafting_layer_stay_whole(model_folder: ModelFolder, tmp_path: Path) -> None:
-    tensors = published(model_folder("qwen3_next"), "qwen3_next", tmp_path / "model")
+def test_stacks_that_are_no_drafting_layer_stay_whole(
+    drafts: ModuleType, model_folder: ModelFolder, tmp_path: Path
+) -> None:
+    tensors = drafts.published(model_folder("qwen3_next"), "qwen3_next", tmp_path / "model")
     held = stacked(tensors, turned=False)
     held["mtp.layers.0.mlp.experts.down_proj"] = torch.zeros(2, 3, 5)
     save_file(held, tmp_path / "model" / "model.safetensors", {"format": "pt"})
@@ -446,9 +355,9 @@ def test_stacks_that_are_no_drafting_layer_stay_whole(model_folder: ModelFolder,
 
 @pytest.mark.parametrize("change", ["missing", "shape"])
 def test_a_layer_that_is_no_block_of_the_model_is_carried_over(
-    naive: ModuleType, model_folder: ModelFolder, quantize: Quantize, tmp_path: Path, change: str
+    drafts: ModuleType, naive: ModuleType, model_folder: ModelFolder, quantize: Quantize, tmp_path: Path, change: str
 ) -> None:
-    tensors = published(model_folder("deepseek_v3"), "deepseek_v3", tmp_path / "model")
+    tensors = drafts.published(model_folder("deepseek_v3"), "deepseek_v3", tmp_path / "model")
     if change == "missing":
         del tensors["model.layers.3.mlp.experts.7.down_proj.weight"]
     else:

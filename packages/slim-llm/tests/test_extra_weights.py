@@ -16,26 +16,13 @@ from slim_core.errors import InvalidModelError
 from slim_core.evaluation.verify import verify_folder
 from slim_core.runners.run import RunResult
 
-BLOCK = 16
 MTP = "model.mtp.layers.0."
-QUANTIZATION = {
-    "quant_method": "fp8",
-    "fmt": "e4m3",
-    "activation_scheme": "dynamic",
-    "weight_block_size": [BLOCK, BLOCK],
-}
 
 
-def published(folder: Path, path: Path, fp8: Any) -> dict[str, Tensor]:
+def published(drafts: ModuleType, folder: Path, path: Path, fp8: Any) -> dict[str, Tensor]:
     """DeepSeek-V3 in blocks of float8, with a layer that predicts another token and that no block is like (as LongCat
     has it)."""
-    path.mkdir()
-    for file in folder.iterdir():
-        if file.suffix == ".json":
-            (path / file.name).write_bytes(file.read_bytes())
-    config = json.loads((path / "config.json").read_text())
-    config |= {"quantization_config": QUANTIZATION, "num_nextn_predict_layers": 1}
-    (path / "config.json").write_text(json.dumps(config))
+    config = drafts.copied(folder, path, quantization_config=drafts.FP8, num_nextn_predict_layers=1)
     model = load_file(folder / "model.safetensors")
     more = {
         name.replace("model.layers.2.", MTP).replace(".mlp.", ".transformer_layer.mlp."): value.clone()
@@ -59,11 +46,11 @@ def published(folder: Path, path: Path, fp8: Any) -> dict[str, Tensor]:
 
 
 def test_a_layer_that_is_not_understood_in_blocks_of_float8(
-    naive: ModuleType, model_folder: Any, quantize: Any, tmp_path: Path
+    drafts: ModuleType, naive: ModuleType, model_folder: Any, quantize: Any, tmp_path: Path
 ) -> None:
     """config.json loses quantization_config, so nothing may be left that only it explains."""
-    fp8 = naive.Fp8Blocks(BLOCK)
-    tensors = published(model_folder("deepseek_v3"), tmp_path / "model", fp8)
+    fp8 = naive.Fp8Blocks(drafts.BLOCK)
+    tensors = published(drafts, model_folder("deepseek_v3"), tmp_path / "model", fp8)
     result: RunResult = quantize(tmp_path / "model", tmp_path / "out", "dynamic")
     assert [unit.name for unit in result.units][-2:] == ["epilogue", "extra"]
     (file,) = (tmp_path / "out").glob("*.safetensors")
@@ -88,9 +75,11 @@ def test_a_layer_that_is_not_understood_in_blocks_of_float8(
     assert check.ok, check.problems
 
 
-def test_factors_of_that_layer_are_missing(naive: ModuleType, model_folder: Any, quantize: Any, tmp_path: Path) -> None:
-    fp8 = naive.Fp8Blocks(BLOCK)
-    tensors = published(model_folder("deepseek_v3"), tmp_path / "model", fp8)
+def test_factors_of_that_layer_are_missing(
+    drafts: ModuleType, naive: ModuleType, model_folder: Any, quantize: Any, tmp_path: Path
+) -> None:
+    fp8 = naive.Fp8Blocks(drafts.BLOCK)
+    tensors = published(drafts, model_folder("deepseek_v3"), tmp_path / "model", fp8)
     del tensors[f"{MTP}transformer_layer.mlp.experts.0.up_proj.weight_scale_inv"]
     save_file(tensors, tmp_path / "model" / "model.safetensors")
     with pytest.raises(InvalidModelError, match=r"_layer\.mlp\.experts\.0\.up_proj\.weight_scale_inv' beside it"):

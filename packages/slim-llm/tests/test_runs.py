@@ -1,9 +1,8 @@
-"""Runs: the same output whatever the runner, the shards or the interruptions, at the price that was promised."""
+"""Runs: the same output whatever the runner or the interruptions, at the price that was promised."""
 
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,38 +11,33 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
 from slim_core.checkpoint.reader import Checkpoint
 from slim_core.errors import InvalidDatasetError, InvalidModelError, SecurityError, UnsupportedError
 from slim_core.processors.linear_quant import LinearQuant
-from slim_core.savers import ascendv1
 from slim_core.service import QuantRequest
 
 SAMPLES = 5
 BLOCKS = 3
+RECIPE = "tiny_best_practice.yaml"
 ModelFolder = Callable[..., Path]
 Quantize = Callable[..., Any]
-
-
-def content(folder: Path) -> dict[str, bytes]:
-    """All files but those that tell of time and of the recipe."""
-    skipped = ("report.json", "report.html", "tiny_best_practice.yaml")
-    return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name not in skipped
-    }
 
 
 @pytest.mark.parametrize("scheme", ["static", "dynamic"])
 @pytest.mark.parametrize("runner", ["layer_wise", "model_wise", "auto"])
 def test_runners_agree(
-    model_folder: ModelFolder, output: ModelFolder, quantize: Quantize, tmp_path: Path, scheme: str, runner: str
+    content: Any,
+    model_folder: ModelFolder,
+    output: ModelFolder,
+    quantize: Quantize,
+    tmp_path: Path,
+    scheme: str,
+    runner: str,
 ) -> None:
     """``auto`` is what ``output`` used, so the third case is also a second run of the same."""
     result = quantize(model_folder("mistral"), tmp_path / "out", scheme, runner=runner)
-    assert content(tmp_path / "out") == content(output("mistral", scheme))
+    assert content(tmp_path / "out", RECIPE) == content(output("mistral", scheme), RECIPE)
     assert [unit.name for unit in result.units] == ["prologue", *(f"model.layers.{i}" for i in range(3)), "epilogue"]
     assert [record.name for record in result.linears] == [record.name for record in dict.fromkeys(result.linears)]
 
@@ -51,69 +45,10 @@ def test_runners_agree(
 def test_recipe_written_is_the_recipe_as_run(quantize: Quantize, model_folder: ModelFolder, tmp_path: Path) -> None:
     for name in ("a", "b"):
         quantize(model_folder("mistral"), tmp_path / name, "dynamic")
-    recipe = (tmp_path / "a" / "tiny_best_practice.yaml").read_text()
-    assert recipe == (tmp_path / "b" / "tiny_best_practice.yaml").read_text()
+    recipe = (tmp_path / "a" / RECIPE).read_text()
+    assert recipe == (tmp_path / "b" / RECIPE).read_text()
     assert "scope: per_token" in recipe
     assert "runner: auto" in recipe
-
-
-def placed(tensors: dict[str, torch.Tensor], order: list[str], limit: int) -> dict[str, str]:
-    """Which file each tensor goes to: one is closed before the tensor that would bring it to the limit."""
-    shards: list[list[str]] = [[]]
-    pending = 0
-    for name in order:
-        size = tensors[name].numel() * tensors[name].element_size()
-        if shards[-1] and pending + size >= limit:
-            shards.append([])
-            pending = 0
-        shards[-1].append(name)
-        pending += size
-    return {
-        name: f"quant_model_weights-{i:05d}-of-{len(shards):05d}.safetensors"
-        for i, shard in enumerate(shards, 1)
-        for name in shard
-    }
-
-
-@pytest.mark.parametrize(("size", "gib", "files"), [(1, 4096, 10), (1, 1, 70), (2, 65536, 3)])
-@pytest.mark.parametrize("scheme", ["static", "dynamic"])
-def test_size_of_files(
-    naive: ModuleType,
-    model_folder: ModelFolder,
-    output: ModelFolder,
-    quantize: Quantize,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    scheme: str,
-    size: int,
-    gib: int,
-    files: int,
-) -> None:
-    usual = naive.read(output("qwen2", scheme))  # made before the limit is changed, because others use it too
-    monkeypatch.setattr(ascendv1, "_GIB", gib)
-    quantize(model_folder("qwen2"), tmp_path / "out", scheme, part_file_size=size)
-    found = naive.read(tmp_path / "out")
-    assert found.description == usual.description
-    for name, tensor in usual.tensors.items():
-        assert naive.bits(found.tensors[name]) == naive.bits(tensor)
-    order = [name for name in found.description if name not in naive.GLOBALS]
-    assert found.place == placed(usual.tensors, order, size * gib)
-    assert len(set(found.place.values())) >= files
-    index = json.loads((tmp_path / "out" / "quant_model_weights.safetensors.index.json").read_text())
-    assert index["weight_map"] == found.place
-
-
-@pytest.mark.parametrize("scheme", ["static", "dynamic"])
-def test_one_file(
-    naive: ModuleType, model_folder: ModelFolder, output: ModelFolder, quantize: Quantize, tmp_path: Path, scheme: str
-) -> None:
-    quantize(model_folder("qwen2"), tmp_path / "out", scheme, part_file_size=0)
-    found, usual = naive.read(tmp_path / "out"), naive.read(output("qwen2", scheme))
-    assert set(found.place.values()) == {"quant_model_weights.safetensors"}
-    assert not list((tmp_path / "out").glob("*index.json"))
-    assert found.description == usual.description
-    for name, tensor in usual.tensors.items():
-        assert naive.bits(found.tensors[name]) == naive.bits(tensor)
 
 
 def test_every_block_runs_once_for_every_sample(
@@ -251,67 +186,24 @@ def test_without_data_every_weight_is_read_once(
     assert sorted(loads) == sorted(f"{m}.bias" for m in written.quantized() if f"{m}.bias" in written.tensors)
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3"])
-def test_propagating_quantized_outputs(
-    naive: ModuleType,
-    model_folder: ModelFolder,
-    output: ModelFolder,
-    quantize: Quantize,
-    token_ids: list[list[int]],
-    tmp_path: Path,
-    family: str,
-) -> None:
-    """Ranges of a block are those of a model whose earlier blocks are deployed."""
-    model = model_folder(family)
-    result = quantize(model, tmp_path / "out", "static", propagate="quantized")
-    assert result.block_forwards == 2 * BLOCKS * SAMPLES
-    written, plain = naive.read(tmp_path / "out"), naive.read(output(family, "static"))
-    prefix = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16)
-    differ = 0
-    for block in range(BLOCKS):
-        modules = [name for name in written.quantized() if name.startswith(f"model.layers.{block}.")]
-        ranges = naive.ranges(prefix, modules, token_ids)
-        for module in modules:
-            want = naive.input_parameters(*ranges[module], False, torch.bfloat16)
-            found = [float(written.tensors[f"{module}.{part}"]) for part in ("input_scale", "input_offset")]
-            assert found == list(want)
-            floats = [float(plain.tensors[f"{module}.{part}"]) for part in ("input_scale", "input_offset")]
-            differ += found != floats
-            assert block > 0 or found == floats
-        naive.deploy(prefix, written, f"model.layers.{block}.")
-    assert differ > 0  # else this test would not tell the two ways apart
-
-
-def fail_at(monkeypatch: pytest.MonkeyPatch, unit: str) -> None:
-    process = LinearQuant.process
-
-    def failing(self: LinearQuant, work: Any) -> None:
-        process(self, work)
-        if work.name == unit:
-            raise RuntimeError("killed")
-
-    monkeypatch.setattr(LinearQuant, "process", failing)
-
-
 @pytest.mark.parametrize("unit", ["model.layers.1", "model.layers.2", "epilogue"])
 @pytest.mark.parametrize(
     ("scheme", "options"), [("static", {}), ("static", {"propagate": "quantized"}), ("dynamic", {})]
 )
 def test_a_run_that_was_killed_is_resumed(
+    killed: Any,
+    content: Any,
     model_folder: ModelFolder,
     quantize: Quantize,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
     unit: str,
     scheme: str,
     options: dict[str, Any],
 ) -> None:
     model = model_folder("qwen2")
     whole = quantize(model, tmp_path / "whole", scheme, **options)
-    with monkeypatch.context() as patch:
-        fail_at(patch, unit)
-        with pytest.raises(RuntimeError, match="killed"):
-            quantize(model, tmp_path / "out", scheme, **options)
+    with killed(LinearQuant, unit):
+        quantize(model, tmp_path / "out", scheme, **options)
     assert not (tmp_path / "out").exists()
     result = quantize(model, tmp_path / "out", scheme, resume=True, **options)
     assert result.resumed_units >= 1
@@ -324,10 +216,9 @@ def test_a_run_that_was_killed_is_resumed(
 
 
 def test_a_run_killed_in_its_first_unit_leaves_nothing(
-    model_folder: ModelFolder, quantize: Quantize, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    killed: Any, model_folder: ModelFolder, quantize: Quantize, tmp_path: Path
 ) -> None:
-    fail_at(monkeypatch, "prologue")
-    with pytest.raises(RuntimeError, match="killed"):
+    with killed(LinearQuant, "prologue"):
         quantize(model_folder("llama"), tmp_path / "out", "dynamic")
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(UnsupportedError, match="there is no interrupted run to resume"):
@@ -335,94 +226,32 @@ def test_a_run_killed_in_its_first_unit_leaves_nothing(
 
 
 def test_resuming_with_another_recipe_is_refused(
-    model_folder: ModelFolder, quantize: Quantize, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    killed: Any, model_folder: ModelFolder, quantize: Quantize, tmp_path: Path
 ) -> None:
-    with monkeypatch.context() as patch:
-        fail_at(patch, "model.layers.2")
-        with pytest.raises(RuntimeError, match="killed"):
-            quantize(model_folder("llama"), tmp_path / "out", "dynamic")
+    with killed(LinearQuant, "model.layers.2"):
+        quantize(model_folder("llama"), tmp_path / "out", "dynamic")
     with pytest.raises(UnsupportedError, match="another recipe, model, data set or version"):
         quantize(model_folder("llama"), tmp_path / "out", "w8a16", resume=True)
     quantize(model_folder("llama"), tmp_path / "out", "dynamic", resume=True)
 
 
 def test_an_existing_output_survives_a_failure(
-    model_folder: ModelFolder, quantize: Quantize, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    killed: Any, content: Any, model_folder: ModelFolder, quantize: Quantize, tmp_path: Path
 ) -> None:
     quantize(model_folder("llama"), tmp_path / "out", "dynamic")
-    before = content(tmp_path / "out")
+    before, parts = (content(tmp_path / "out", *skipped) for skipped in ((), (RECIPE,)))
     with pytest.raises(SecurityError, match="not empty"):
         quantize(model_folder("llama"), tmp_path / "out", "static")
-    with monkeypatch.context() as patch:
-        fail_at(patch, "model.layers.2")
-        with pytest.raises(RuntimeError, match="killed"):
-            quantize(model_folder("llama"), tmp_path / "out", "static", overwrite=True)
+    with killed(LinearQuant, "model.layers.2"):
+        quantize(model_folder("llama"), tmp_path / "out", "static", overwrite=True)
     assert content(tmp_path / "out") == before
     quantize(model_folder("llama"), tmp_path / "out", "static", overwrite=True)
-    assert content(tmp_path / "out") != before
+    assert content(tmp_path / "out", RECIPE) != parts
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-@pytest.mark.parametrize("aggregation", ["max", "mean"])
-def test_batches_of_equal_length_find_the_same_ranges(
-    naive: ModuleType, model_folder: ModelFolder, tmp_path: Path, quantize: Quantize, aggregation: str
-) -> None:
-    words = ["one", "two", "three", "four", "five", "red", "blue", "green", "a b c", "x y z", "this is it"]
-    data = tmp_path / "words.json"
-    data.write_text(json.dumps(words))
-    model, found = model_folder("mistral", torch.float32), []
-    forwards = []
-    process = [
-        {
-            "type": "linear_quant",
-            "qconfig": {
-                "act": {
-                    "dtype": "int8",
-                    "scope": "per_tensor",
-                    "symmetric": False,
-                    "method": "minmax",
-                    "ext": {"aggregation_type": aggregation},
-                },
-                "weight": {"dtype": "int8", "scope": "per_channel", "symmetric": True, "method": "minmax"},
-            },
-        }
-    ]
-    for size in (1, 2, 64):
-        out = tmp_path / f"out{size}"
-        dataset = {"path": str(data), "batch_size": size}
-        forwards.append(quantize(model, out, process=process, dataset=dataset).block_forwards)
-        found.append(naive.read(out))
-    assert forwards[0] == BLOCKS * len(words)
-    assert forwards[0] > forwards[1] > forwards[2]
-    for other in found[1:]:
-        for module in found[0].quantized():
-            one, two = (float(w.tensors[f"{module}.input_scale"]) for w in (found[0], other))
-            assert one == pytest.approx(two, rel=1e-5)
-
-
-def test_fewer_samples_and_shorter_ones(
-    naive: ModuleType,
-    model_folder: ModelFolder,
-    quantize: Quantize,
-    dataset: Path,
-    token_ids: list[list[int]],
-    tmp_path: Path,
-) -> None:
-    model = model_folder("llama")
-    options = {"path": str(dataset), "num_samples": 2, "max_length": 7}
-    result = quantize(model, tmp_path / "out", "static", dataset=options)
-    assert result.block_forwards == 2 * BLOCKS
-    written = naive.read(tmp_path / "out")
-    plain = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16)
-    ranges = naive.ranges(plain, written.quantized(), [ids[:7] for ids in token_ids[:2]])
-    for module in written.quantized():
-        scale, offset = naive.input_parameters(*ranges[module], False, torch.bfloat16)
-        assert float(written.tensors[f"{module}.input_scale"]) == scale
-        assert float(written.tensors[f"{module}.input_offset"]) == offset
-
-
 def test_rules_are_applied_in_order_and_a_group_is_its_members(
-    naive: ModuleType, model_folder: ModelFolder, quantize: Quantize, tmp_path: Path
+    content: Any, naive: ModuleType, model_folder: ModelFolder, quantize: Quantize, tmp_path: Path
 ) -> None:
     weight = {"dtype": "int8", "scope": "per_channel", "symmetric": True, "method": "minmax"}
     static = {"type": "linear_quant", "qconfig": {"act": {}, "weight": weight}, "include": ["*.q_proj", "*.o_proj"]}
@@ -434,7 +263,7 @@ def test_rules_are_applied_in_order_and_a_group_is_its_members(
     model = model_folder("llama")
     first = quantize(model, tmp_path / "list", process=[static, dynamic])
     second = quantize(model, tmp_path / "group", process=[{"type": "group", "configs": [static, dynamic]}])
-    assert content(tmp_path / "list") == content(tmp_path / "group")
+    assert content(tmp_path / "list", RECIPE) == content(tmp_path / "group", RECIPE)
     assert first.block_forwards == second.block_forwards == BLOCKS * SAMPLES
     written = naive.read(tmp_path / "list")
     kinds = {module.rpartition(".")[2]: written.kind(module) for module in written.quantized()}

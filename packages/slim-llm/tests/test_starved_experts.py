@@ -136,8 +136,8 @@ def test_watching_and_routing_change_nothing_that_is_computed(
         model: StreamedModel = open_model(folder)
         inputs = [{"input_ids": given, "use_cache": False} for given in ids]
         with torch.no_grad(), BlockForwards(model, inputs, CPU) as forwards:
-            forwards.start()
-            for unit in (unit for unit in model.units if unit.block is not None):
+            for unit in model.running:
+                forwards.reach(unit)
                 model.load(unit.parameters, CPU)
                 tokens = ExpertTokens(
                     model.module, expert_layers(model.module, unit.linears) * watch, 8, forwards.tokens()
@@ -334,10 +334,10 @@ def test_gptq_learns_nothing_from_too_few_tokens(
 @pytest.mark.parametrize("unit", ["model.layers.0", "model.layers.2"])
 @pytest.mark.parametrize("propagate", ["float", "quantized"])
 def test_a_run_that_was_killed_is_resumed(
+    killed: Any,
     model_folder: ModelFolder,
     texts: Path,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
     propagate: str,
     unit: str,
 ) -> None:
@@ -347,17 +347,8 @@ def test_a_run_that_was_killed_is_resumed(
     folder = model_folder("qwen3_moe_16")
     whole = run(folder, tmp_path / "whole", process, dataset, propagate=propagate)
     assert any(one.extra and one.forced for record in whole.experts for one in record.starved)
-    work_on = LinearQuant.process
-
-    def failing(self: LinearQuant, work: Any) -> None:
-        work_on(self, work)
-        if work.name == unit:
-            raise RuntimeError("killed")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(LinearQuant, "process", failing)
-        with pytest.raises(RuntimeError, match="killed"):
-            run(folder, tmp_path / "out", process, dataset, propagate=propagate)
+    with killed(LinearQuant, unit):
+        run(folder, tmp_path / "out", process, dataset, propagate=propagate)
     result = run(folder, tmp_path / "out", process, dataset, propagate=propagate, resume=True)
     assert result.experts == whole.experts
     assert [replace(r, seconds=0) for r in result.linears] == [replace(r, seconds=0) for r in whole.linears]

@@ -20,7 +20,7 @@ from slim_core.fingerprint import fingerprint
 from slim_core.model.skeleton import parameters_on_meta
 from slim_core.model.units import StreamedModel
 from slim_core.progress import Progress
-from slim_core.recipe import Recipe, dump_recipe
+from slim_core.recipe import Recipe, SpecV1, dump_recipe
 from slim_core.runners.plan import Plan, make_plan
 from slim_core.runners.run import RunResult, run_plan
 from slim_core.service import EvalRequest, QuantRequest
@@ -74,9 +74,14 @@ class MlpService:
     def pedigree(self, model_type: str) -> str | None:
         return None
 
-    def handles(self, model_path: Path) -> bool:
+    def spec_type(self) -> type[SpecV1]:
+        return SpecV1
+
+    def handles(self, model_path: Path, *, images: bool = False) -> bool:
         config = model_path / "config.json"
-        return config.is_file() and json.loads(config.read_text("utf-8")).get("model_type") == "example_mlp"
+        if images or not config.is_file():
+            return False
+        return json.loads(config.read_text("utf-8")).get("model_type") == "example_mlp"
 
     def plan(self, request: QuantRequest, recipe: Recipe) -> Plan:
         return self._plan(open_mlp(request.model_path), request, recipe)

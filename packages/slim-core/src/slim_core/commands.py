@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from slim_core.checkpoint.staging import check_target
 from slim_core.console import ask, say, show_table
 from slim_core.dispatch import choose_recipe, match_practice, open_library, service_for
-from slim_core.errors import EnvError, SecurityError, SlimError, UnsupportedError
+from slim_core.errors import EnvError, SchemaValidateError, SecurityError, SlimError, UnsupportedError
 from slim_core.logging import get_logger
 from slim_core.progress import show_progress
 from slim_core.recipe import dump_recipe, load_recipe
@@ -84,13 +84,17 @@ def _outcome(result: RunResult) -> str:
 
 def evaluate(request: EvalRequest, json_path: Path | None = None) -> None:
     """``eval``: score a model and, if asked, its quantized files; as a table and optionally as a JSON file."""
-    result = service_for(request.model_path).evaluate(request, show_progress())
+    if request.dataset is not None and request.text is not None:
+        raise SchemaValidateError("--text and --dataset exclude each other", remedy="score one of them at a time")
+    service = service_for(request.model_path, images=request.dataset is not None)
+    result = service.evaluate(request, show_progress())
     show_table(*_score_table(result))
     if json_path is not None:
         asked = {
             "model_path": str(request.model_path),
             "quantized": None if request.quantized is None else str(request.quantized),
             "text": None if request.text is None else str(request.text),
+            "dataset": request.dataset,
             "sequence_length": request.sequence_length,
             "max_windows": request.max_windows,
         }
@@ -145,7 +149,7 @@ def effective_recipe(path: Path) -> str:
     """``recipe check``: a recipe with every default filled in; one of an outdated protocol, as what it is run as.
 
     Raises:
-        SlimError: it is invalid, its package is not installed, or nobody here can check its ``spec``.
+        SlimError: it is invalid, or its package is not installed.
     """
     recipe = load_recipe(path)
     service = find_service(recipe.apiversion, where=f"{path}: apiversion")
@@ -154,9 +158,7 @@ def effective_recipe(path: Path) -> str:
         for warning in (migration.notice(), *migration.approximations):
             _logger.warning("%s", warning)
         return dump_recipe(migration.recipe)
-    if recipe.apiversion != "modelslim_v1":
-        raise UnsupportedError(f"the spec of {recipe.apiversion} cannot be checked in this version", where=str(path))
-    return dump_recipe(recipe)
+    return dump_recipe(recipe, recipe.spec(service.spec_type()))
 
 
 def migrate_recipe(path: Path, output: Path | None = None) -> None:

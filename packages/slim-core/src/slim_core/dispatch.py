@@ -52,8 +52,11 @@ def match_practice(model_type: str, quant_type: str | None, tags: Sequence[str] 
     return selection
 
 
-def service_for(model_path: Path) -> Service:
-    """The installed service whose kind of model a folder holds.
+def service_for(model_path: Path, *, images: bool = False) -> Service:
+    """The installed service that scores the model in a folder.
+
+    Args:
+        images: whether on images, not on text.
 
     Raises:
         SlimError: none claims it; if one could not read the folder, what it said.
@@ -61,14 +64,14 @@ def service_for(model_path: Path) -> Service:
     refusal: SlimError | None = None
     for service in _services():
         try:
-            if service.handles(model_path):
+            if service.handles(model_path, images=images):
                 return service
         except SlimError as error:
             refusal = refusal or error
     raise refusal or UnsupportedError(
-        "no installed package knows this kind of model",
+        f"no installed package can score this kind of model{' on images' if images else ''}",
         where=str(model_path),
-        remedy="pip install slim-llm, slim-vlm or slim-sd, or upgrade them",
+        remedy=f"pip install {'slim-vlm' if images else 'slim-llm, slim-vlm or slim-sd'}, or upgrade what is installed",
     )
 
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from slim_core.evaluation.perplexity import EvalResult
     from slim_core.migration import Migration
     from slim_core.progress import Progress
+    from slim_core.recipe.base import StrictModel
     from slim_core.runners.plan import Plan
     from slim_core.runners.run import RunResult
 
@@ -77,6 +78,7 @@ class EvalRequest(BaseModel):
     model_path: Path = Field(description="Folder of the floating-point model")
     quantized: Path | None = Field(None, description="Folder that slim quant wrote")
     text: Path | None = Field(None, description="Text file (UTF-8) to score")
+    dataset: str | None = Field(None, description="Images with prompts and answers to score, as in a recipe's dataset")
     device: str = Field("npu", description="Device: npu, cuda, cpu, with an index if wanted")
     sequence_length: int = Field(512, ge=8, description="Tokens per scored window")
     max_windows: int | None = Field(None, ge=1, description="Score only the first windows")
@@ -96,8 +98,12 @@ class Service(Protocol):
         """The folder of the practice library that a model name belongs to, None if this service does not know it."""
         ...
 
-    def handles(self, model_path: Path) -> bool:
-        """Whether the model in this folder is one of this service's."""
+    def spec_type(self) -> type[StrictModel]:
+        """The typed form of ``spec`` in this protocol."""
+        ...
+
+    def handles(self, model_path: Path, *, images: bool = False) -> bool:
+        """Whether this service can score the model in this folder, on text or on images."""
         ...
 
     def plan(self, request: QuantRequest, recipe: Any) -> Plan:

@@ -82,6 +82,31 @@ class Draft:
     def drop(self, name: str) -> None:
         del self.tensors[name], self.types[name]
 
+    def set(self, name: str, index: Any, value: float) -> None:
+        """Change values of a tensor, or bytes of it where it holds float8."""
+        tensor = self.tensors[name].clone()
+        (tensor.view(torch.uint8) if tensor.dtype == torch.float8_e4m3fn else tensor)[index] = value
+        self.tensors[name] = tensor
+
+    def retype(self, name: str, dtype: torch.dtype) -> None:
+        self.tensors[name] = self.tensors[name].to(dtype)
+
+    def times(self, name: str, factor: float) -> None:
+        self.tensors[name] = self.tensors[name] * factor
+
+    def roll(self, name: str) -> None:
+        """Every row of a matrix goes one down."""
+        stored = self.tensors[name]
+        self.tensors[name] = (
+            stored.view(torch.uint8).roll(1, 0).view(stored.dtype) if stored.element_size() == 1 else stored.roll(1, 0)
+        )
+
+    def relabel(self, prefix: str, kind: str) -> None:
+        """A module gets another type in the description."""
+        for name in self.types:
+            if name.startswith(f"{prefix}.") and not name.endswith(".bias"):
+                self.types[name] = kind
+
     def write(self, folder: Path) -> Path:
         folder.mkdir()
         parts: list[dict[str, Tensor]] = [{} for _ in range(self.shards)]

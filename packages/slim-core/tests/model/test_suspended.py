@@ -234,7 +234,7 @@ def test_a_context_manager_around_the_blocks_is_left() -> None:
         ((0, 0, 1, 2), "block 0 was called where block 1 was expected"),
         ((0, 2, 1), "block 2 was called where block 1 was expected"),
         ((1, 2), "block 1 was called where block 0 was expected"),
-        ((0, 1, 2, 2), "block 2 was called where block 3 was expected"),
+        ((0, 1, 2, 2), "block 2 was called where the end was expected"),
         ((0, 1), "the forward ended before calling block 2"),
         ((), "the forward ended before calling block 0"),
     ],

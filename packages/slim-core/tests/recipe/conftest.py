@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal
 
@@ -82,6 +83,43 @@ class FakePoint:
 
 
 Install = Callable[..., list[FakePoint]]
+# The mixed recipe of the protocol guide: anchors in free top-level blocks, used through aliases.
+MIXED = """\
+apiversion: modelslim_v1
+
+default_w8a8_dynamic: &default_w8a8_dynamic
+  act:
+    scope: "per_token"
+    dtype: "int8"
+    symmetric: True
+    method: "minmax"
+  weight:
+    scope: "per_channel"
+    dtype: "int8"
+    symmetric: True
+    method: "minmax"
+
+default_w8a8: &default_w8a8
+  act: {scope: per_tensor, dtype: int8, symmetric: false, method: minmax}
+  weight: {scope: per_channel, dtype: int8, symmetric: true, method: minmax}
+
+spec:
+  process:
+    - type: "iter_smooth"
+      scale_min: 1e-5
+    - type: "group"
+      configs:
+        - type: "linear_quant"
+          qconfig: *default_w8a8
+          include: ["*self_attn*"]
+        - type: "linear_quant"
+          qconfig: *default_w8a8_dynamic
+          include: ["*mlp*"]
+          exclude: ["*gate"]
+  save:
+    - type: "ascendv1_saver"
+      part_file_size: 4
+"""
 
 
 @pytest.fixture
@@ -106,3 +144,21 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Iterator[Install]:
     forget_plugins()
     yield add
     forget_plugins()
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Callable[[str | bytes], Path]:
+    """``write(text)``: a recipe file."""
+
+    def write(text: str | bytes) -> Path:
+        path = tmp_path / "recipe.yaml"
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+        return path
+
+    return write
+
+
+@pytest.fixture
+def mixed() -> str:
+    """The text of a recipe that uses about everything."""
+    return MIXED

@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import yaml
 from hypothesis import given
@@ -9,16 +7,6 @@ from hypothesis import strategies as st
 
 from slim_core.errors import SchemaValidateError, SecurityError
 from slim_core.recipe.yaml_source import MAX_BYTES, MAX_DEPTH, MAX_NODES, read_yaml
-
-
-@pytest.fixture
-def write(tmp_path: Path):
-    def write(text: str | bytes) -> Path:
-        path = tmp_path / "recipe.yaml"
-        path.write_bytes(text if isinstance(text, bytes) else text.encode())
-        return path
-
-    return write
 
 
 def test_lines_of_mappings_lists_and_unknown_places(write):

@@ -57,7 +57,8 @@ def model(blocks: int = 2) -> StreamedModel:
         for i in range(blocks)
     ]
     source = SimpleNamespace(meta=metas.__getitem__)
-    return cast("StreamedModel", SimpleNamespace(units=units, source=source, dtype=torch.bfloat16, module=NO_MODULES))
+    found = SimpleNamespace(units=units, running=units, source=source, dtype=torch.bfloat16, module=NO_MODULES)
+    return cast("StreamedModel", found)
 
 
 def names(blocks: int = 2) -> list[str]:
@@ -176,7 +177,7 @@ def mixture(dtype: torch.dtype = torch.float32) -> tuple[StreamedModel, dict[str
         units.append(Unit(f"layers.{block}", block, weights, weights, infos))
         layers[f"layers.{block}"] = (ExpertLayer(f"layers.{block}.mlp.experts", numbered),)
     source = SimpleNamespace(meta=metas.__getitem__)
-    found = SimpleNamespace(units=units, source=source, dtype=dtype, module=NO_MODULES)
+    found = SimpleNamespace(units=units, running=units, source=source, dtype=dtype, module=NO_MODULES)
     return cast("StreamedModel", found), layers
 
 

@@ -12,7 +12,7 @@ from slim_llm.resources import PRACTICE_FOLDER
 if TYPE_CHECKING:
     from slim_core.evaluation.perplexity import EvalResult
     from slim_core.progress import Progress
-    from slim_core.recipe import Recipe
+    from slim_core.recipe import Recipe, SpecV1
     from slim_core.runners.plan import Plan
     from slim_core.runners.run import RunResult
     from slim_core.service import EvalRequest, QuantRequest
@@ -32,10 +32,15 @@ class LlmService:
         found = pedigree_of(model_type)
         return None if found == UNKNOWN_PEDIGREE else found
 
-    def handles(self, model_path: Path) -> bool:
-        from slim_llm.models.loading import is_causal_lm, read_config
+    def spec_type(self) -> type[SpecV1]:
+        from slim_core.recipe import SpecV1
 
-        return is_causal_lm(read_config(model_path))
+        return SpecV1
+
+    def handles(self, model_path: Path, *, images: bool = False) -> bool:
+        from slim_llm.models.loading import CAUSAL_LM, read_config
+
+        return not images and CAUSAL_LM.knows(read_config(model_path))
 
     def plan(self, request: QuantRequest, recipe: Recipe) -> Plan:
         from slim_llm.quantize import plan
@@ -50,6 +55,6 @@ class LlmService:
         return quantize(request, recipe, progress, on_plan)
 
     def evaluate(self, request: EvalRequest, progress: Progress) -> EvalResult:
-        from slim_llm.quantize import score
+        from slim_llm.score import score
 
         return score(request, progress)

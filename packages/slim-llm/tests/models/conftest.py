@@ -1,9 +1,12 @@
-"""A model as transformers has it, and as Slim opens it."""
+"""A model as transformers has it, and as Slim opens it; tiny models for the tests of attentions."""
 
 from __future__ import annotations
 
+import importlib.util
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -44,3 +47,35 @@ def opened() -> Callable[[Path], tuple[StreamedModel, Any]]:
         return model, in_memory(model.module)
 
     return load
+
+
+def _load(name: str) -> ModuleType:
+    """A module in this folder, which is no package."""
+    spec = importlib.util.spec_from_file_location(f"slim_llm_models_{name}", Path(__file__).with_name(f"{name}.py"))
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+TINY = _load("tiny_attentions")
+
+
+@pytest.fixture(scope="session")
+def tiny() -> ModuleType:
+    """``tiny_attentions.py`` in this folder."""
+    return TINY
+
+
+@pytest.fixture(params=TINY.FAMILIES)
+def every_family(request: pytest.FixtureRequest) -> str:
+    """The families of tiny models, one after the other."""
+    return request.param
+
+
+@pytest.fixture(params=TINY.MODERN)
+def modern_family(request: pytest.FixtureRequest) -> str:
+    """Those families whose attentions show their queries."""
+    return request.param

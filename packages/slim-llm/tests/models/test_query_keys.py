@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from slim_core.model.query_keys import QueryKey
 from slim_core.model.structure import Structure, discover
 from slim_llm.models.loading import open_model
-from slim_llm.quantize import example_input
+from slim_llm.vocabulary import example_input
 
 KV_HEADS, DIM = 2, 8
 NONE = [0, 1, 2, 3, 4, 5, 6, 7]

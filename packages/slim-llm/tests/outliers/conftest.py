@@ -89,13 +89,6 @@ class Stranger:
         request = EvalRequest(model_path=model, quantized=written, text=path, device="cpu", **options)
         return LlmService().evaluate(request, SilentProgress())
 
-    @staticmethod
-    def content(folder: Path) -> dict[str, bytes]:
-        """All files but those that tell of time."""
-        skipped = ("report.json", "report.html")
-        paths = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name not in skipped)
-        return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
-
 
 @pytest.fixture(scope="session")
 def stranger(naive: ModuleType) -> Stranger:

@@ -40,13 +40,6 @@ DYNAMIC = {
         "weight": {"dtype": "int4", "scope": "per_channel", "symmetric": True, "method": "minmax"},
     },
 }
-STATIC = {
-    "type": "linear_quant",
-    "qconfig": {
-        "act": {"dtype": "int8", "scope": "per_tensor", "symmetric": False, "method": "minmax"},
-        "weight": {"dtype": "int8", "scope": "per_channel", "symmetric": True, "method": "minmax"},
-    },
-}
 
 
 def prior(stage: dict[str, Any] | None = None, **options: Any) -> list[dict[str, Any]]:
@@ -131,7 +124,7 @@ def test_its_own_calibration_set(model_folder: ModelFolder, quantize: Quantize, 
 
 
 def test_both_stages_have_their_own_calibration_set(
-    naive: ModuleType, model_folder: ModelFolder, quantize: Quantize, dataset: Path, tmp_path: Path
+    rules: Any, naive: ModuleType, model_folder: ModelFolder, quantize: Quantize, dataset: Path, tmp_path: Path
 ) -> None:
     """What is learned ahead comes from one set, and the ranges of the main stage from the other."""
     folder, ahead = model_folder("qwen2", torch.float32), tmp_path / "ahead.jsonl"
@@ -141,7 +134,7 @@ def test_both_stages_have_their_own_calibration_set(
     main = [tokenizer(json.loads(line)["text"])["input_ids"] for line in dataset.read_text().splitlines()]
     learning = prior(dataset=str(ahead))
     quantize(folder, tmp_path / "float", prior=learning, process=[SECOND])
-    made = quantize(folder, tmp_path / "out", prior=learning, process=[SECOND, STATIC], dataset=str(dataset))
+    made = quantize(folder, tmp_path / "out", prior=learning, process=[SECOND, rules["static"]], dataset=str(dataset))
     assert (made.stage_forwards, made.block_forwards, made.samples) == (3 * len(texts), 3 * len(main), len(main))
     assert torch.equal(exported(tmp_path / "out"), exported(tmp_path / "float"))
     quantize(folder, tmp_path / "other", prior=prior(), process=[SECOND])
@@ -165,68 +158,51 @@ def test_both_stages_have_their_own_calibration_set(
 
 
 def test_the_same_rotation_every_time(
-    stranger: Stranger, model_folder: ModelFolder, quantize: Quantize, tmp_path: Path
+    content: Any, model_folder: ModelFolder, quantize: Quantize, tmp_path: Path
 ) -> None:
     folder, state = model_folder("qwen2"), torch.get_rng_state()
     for name in ("a", "b"):
         quantize(folder, tmp_path / name, prior=prior(), process=[SECOND, DYNAMIC])
     assert torch.equal(torch.get_rng_state(), state)
-    assert stranger.content(tmp_path / "a") == stranger.content(tmp_path / "b")
-
-
-def fail_at(monkeypatch: pytest.MonkeyPatch, unit: str) -> None:
-    work = LinearQuant.process
-
-    def failing(self: LinearQuant, bench: Any) -> None:
-        work(self, bench)
-        if bench.name == unit:
-            raise RuntimeError("killed")
-
-    monkeypatch.setattr(LinearQuant, "process", failing)
+    assert content(tmp_path / "a") == content(tmp_path / "b")
 
 
 @pytest.mark.parametrize("unit", ["prologue", "model.layers.1"])
 def test_what_was_learned_is_not_learned_again(
-    stranger: Stranger,
+    killed: Any,
+    content: Any,
     model_folder: ModelFolder,
     quantize: Quantize,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
     unit: str,
 ) -> None:
     model, recipe = model_folder("qwen2"), {"prior": prior(), "process": [SECOND, DYNAMIC]}
     quantize(model, tmp_path / "whole", **recipe)
-    with monkeypatch.context() as patch:
-        fail_at(patch, unit)
-        with pytest.raises(RuntimeError, match="killed"):
-            quantize(model, tmp_path / "out", **recipe)
+    with killed(LinearQuant, unit):
+        quantize(model, tmp_path / "out", **recipe)
     result = quantize(model, tmp_path / "out", resume=True, **recipe)
     assert result.stage_forwards == 0
-    assert stranger.content(tmp_path / "out") == stranger.content(tmp_path / "whole")
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
 
 
 def test_a_broken_note_of_what_was_learned(
-    stranger: Stranger, model_folder: ModelFolder, quantize: Quantize, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    killed: Any, content: Any, model_folder: ModelFolder, quantize: Quantize, tmp_path: Path
 ) -> None:
     model, recipe = model_folder("qwen2"), {"prior": prior(), "process": [SECOND, DYNAMIC]}
     quantize(model, tmp_path / "whole", **recipe)
-    with monkeypatch.context() as patch:
-        fail_at(patch, "model.layers.1")
-        with pytest.raises(RuntimeError, match="killed"):
-            quantize(model, tmp_path / "out", **recipe)
+    with killed(LinearQuant, "model.layers.1"):
+        quantize(model, tmp_path / "out", **recipe)
     (note,) = tmp_path.glob(".out*/learned.safetensors")
     note.write_bytes(note.read_bytes()[:100])
     assert quantize(model, tmp_path / "out", resume=True, **recipe).stage_forwards == 15
-    assert stranger.content(tmp_path / "out") == stranger.content(tmp_path / "whole")
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
 
 
 def test_other_data_is_another_run(
-    model_folder: ModelFolder, quantize: Quantize, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    killed: Any, model_folder: ModelFolder, quantize: Quantize, dataset: Path, tmp_path: Path
 ) -> None:
-    with monkeypatch.context() as patch:
-        fail_at(patch, "model.layers.1")
-        with pytest.raises(RuntimeError, match="killed"):
-            quantize(model_folder("qwen2"), tmp_path / "out", prior=prior(), process=[SECOND, DYNAMIC])
+    with killed(LinearQuant, "model.layers.1"):
+        quantize(model_folder("qwen2"), tmp_path / "out", prior=prior(), process=[SECOND, DYNAMIC])
     dataset.write_text(dataset.read_text().replace("iterator", "iterators"))
     try:
         with pytest.raises(UnsupportedError, match="another recipe, model, data set or version"):
@@ -272,7 +248,7 @@ def test_the_plan_tells_of_the_stage(model_folder: ModelFolder, dataset: Path, t
 
 
 def test_the_recipe_as_run_can_be_run_again(
-    stranger: Stranger, model_folder: ModelFolder, quantize: Quantize, tmp_path: Path
+    content: Any, model_folder: ModelFolder, quantize: Quantize, tmp_path: Path
 ) -> None:
     """The effective recipe spells out the fields of each stage and of no other."""
     import yaml
@@ -295,7 +271,7 @@ def test_the_recipe_as_run_can_be_run_again(
         recipe_from_dict(recipe),
         SilentProgress(),
     )
-    assert stranger.content(tmp_path / "out") == stranger.content(tmp_path / "again")
+    assert content(tmp_path / "out") == content(tmp_path / "again")
 
 
 def test_with_rotations_at_run_time(

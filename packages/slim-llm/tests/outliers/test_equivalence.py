@@ -195,30 +195,21 @@ def test_what_is_there_but_not_chosen_is_told(model_folder: ModelFolder, quantiz
 
 @pytest.mark.parametrize("smoother", [SHIFT, SEARCHING[0], SEARCHING[2], KEYS], ids=lambda one: one["type"])
 def test_a_smoothing_that_was_killed_is_resumed(
-    stranger: Stranger,
+    killed: Any,
+    content: Any,
     model_folder: ModelFolder,
     quantize: Quantize,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
     smoother: Any,
 ) -> None:
     act = {"dtype": "int8", "scope": "per_tensor", "symmetric": False, "method": "minmax"}
     rule = {"type": "linear_quant", "qconfig": {"act": act, "weight": INT4 | {"dtype": "int8"}}}
     model, process = model_folder("qwen2"), [smoother, rule]
     quantize(model, tmp_path / "whole", process=process)
-    work = LinearQuant.process
-
-    def failing(self: LinearQuant, bench: Any) -> None:
-        work(self, bench)
-        if bench.name == "model.layers.1":
-            raise RuntimeError("killed")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(LinearQuant, "process", failing)
-        with pytest.raises(RuntimeError, match="killed"):
-            quantize(model, tmp_path / "out", process=process)
+    with killed(LinearQuant, "model.layers.1"):
+        quantize(model, tmp_path / "out", process=process)
     assert quantize(model, tmp_path / "out", process=process, resume=True).resumed_units >= 1
-    assert stranger.content(tmp_path / "out") == stranger.content(tmp_path / "whole")
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
     reports = [json.loads((tmp_path / name / "report.json").read_text())["smoothing"] for name in ("out", "whole")]
     assert reports[0] == reports[1]
     assert len(reports[0]) >= 3

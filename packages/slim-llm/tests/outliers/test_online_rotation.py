@@ -22,21 +22,6 @@ Stranger = Any  # of conftest.py
 EXAMPLE = Path(__file__).parents[4] / "examples" / "tiny-qwen3"
 HELDOUT = (EXAMPLE.parent / "heldout.txt").read_text()[:1500]
 QUAROT: dict[str, Any] = {"type": "quarot"}
-WEIGHT = {"dtype": "int8", "scope": "per_channel", "symmetric": True, "method": "minmax"}
-DYNAMIC = {
-    "type": "linear_quant",
-    "qconfig": {
-        "act": {"dtype": "int8", "scope": "per_token", "symmetric": True, "method": "minmax"},
-        "weight": WEIGHT,
-    },
-}
-STATIC = {
-    "type": "linear_quant",
-    "qconfig": {
-        "act": {"dtype": "int8", "scope": "per_tensor", "symmetric": False, "method": "minmax"},
-        "weight": WEIGHT,
-    },
-}
 UNDESCRIBED = ("heads_rotation", "kronecker_rotation_m", "kronecker_rotation_n")
 IDS = [[61 * i % 3000 for i in range(40)]]
 
@@ -109,6 +94,7 @@ def test_rotations_at_run_time(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("rule", "smoothed"), [("static", False), ("static", True), ("dynamic", True)])
 def test_run_time_rotations_of_the_simulation_are_those_of_the_written_files(
+    rules: Any,
     stranger: Stranger,
     naive: ModuleType,
     model_folder: ModelFolder,
@@ -137,7 +123,7 @@ def test_run_time_rotations_of_the_simulation_are_those_of_the_written_files(
     quantize(
         folder,
         tmp_path / "out",
-        process=[ONLINE, *smoothing, {"static": STATIC, "dynamic": DYNAMIC}[rule]],
+        process=[ONLINE, *smoothing, rules[rule]],
         propagate="quantized",
         dataset={"path": str(tmp_path / "one.jsonl"), "max_length": 32},
     )
@@ -167,6 +153,7 @@ def test_run_time_rotations_of_the_simulation_are_those_of_the_written_files(
 
 @pytest.mark.parametrize("propagate", ["float", "quantized"])
 def test_run_time_rotations_are_calibrated_and_scored(
+    rules: Any,
     stranger: Stranger,
     naive: ModuleType,
     model_folder: ModelFolder,
@@ -178,7 +165,7 @@ def test_run_time_rotations_are_calibrated_and_scored(
     """Ranges are those of the rotated inputs; the evaluation rotates them too."""
     folder = model_folder("llama")
     quantize(folder, tmp_path / "float", process=[ONLINE])
-    quantize(folder, tmp_path / "out", process=[ONLINE, STATIC], propagate=propagate)
+    quantize(folder, tmp_path / "out", process=[ONLINE, rules["static"]], propagate=propagate)
     written = naive.read(tmp_path / "out")
     model, beside = stranger.opened(tmp_path / "float"), beside_of(stranger, tmp_path / "float")
     model.to(torch.bfloat16)

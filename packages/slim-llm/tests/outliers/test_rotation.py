@@ -22,21 +22,6 @@ Stranger = Any  # of conftest.py
 EXAMPLE = Path(__file__).parents[4] / "examples" / "tiny-qwen3"
 HELDOUT = (EXAMPLE.parent / "heldout.txt").read_text()[:1500]
 QUAROT: dict[str, Any] = {"type": "quarot"}
-WEIGHT = {"dtype": "int8", "scope": "per_channel", "symmetric": True, "method": "minmax"}
-DYNAMIC = {
-    "type": "linear_quant",
-    "qconfig": {
-        "act": {"dtype": "int8", "scope": "per_token", "symmetric": True, "method": "minmax"},
-        "weight": WEIGHT,
-    },
-}
-STATIC = {
-    "type": "linear_quant",
-    "qconfig": {
-        "act": {"dtype": "int8", "scope": "per_tensor", "symmetric": False, "method": "minmax"},
-        "weight": WEIGHT,
-    },
-}
 IDS = [[61 * i % 3000 for i in range(40)]]
 # Dense with and without biases, tied heads, fused projections, qk norms, mixtures with routers and shared experts, and
 # low ranks. The last two have blocks of several kinds, one of them without attention heads that could be rotated.
@@ -135,8 +120,10 @@ def test_low_ranks_and_value_heads_are_rotated(
     assert not torch.allclose(values.norm(dim=2), old[:, 8:].norm(dim=2), rtol=1e-2)
 
 
-def test_without_the_extra_information(model_folder: ModelFolder, quantize: Quantize, tmp_path: Path) -> None:
-    quantize(model_folder("llama"), tmp_path / "out", process=[QUAROT | {"export_extra_info": False}, DYNAMIC])
+def test_without_the_extra_information(
+    rules: Any, model_folder: ModelFolder, quantize: Quantize, tmp_path: Path
+) -> None:
+    quantize(model_folder("llama"), tmp_path / "out", process=[QUAROT | {"export_extra_info": False}, rules["dynamic"]])
     assert not (tmp_path / "out" / "optional").exists()
     assert json.loads((tmp_path / "out" / "quant_model_description.json").read_text())["optional"] == {}
 
@@ -157,17 +144,17 @@ def test_outliers_are_gone(stranger: Stranger, naive: ModuleType, quantize: Quan
     assert bool((tails(rotated) < 0.65 * tails(original)).all())
 
 
-@pytest.mark.parametrize("rule", [DYNAMIC, STATIC])
-def test_quantization_gains(stranger: Stranger, quantize: Quantize, tmp_path: Path, rule: dict[str, Any]) -> None:
+@pytest.mark.parametrize("rule", ["dynamic", "static"])
+def test_quantization_gains(rules: Any, stranger: Stranger, quantize: Quantize, tmp_path: Path, rule: str) -> None:
     losses: list[float] = []
-    for name, process in (("plain", [rule]), ("rotated", [QUAROT, rule])):
+    for name, process in (("plain", [rules[rule]]), ("rotated", [QUAROT, rules[rule]])):
         quantize(EXAMPLE, tmp_path / name, process=process)
         losses.append(stranger.scores(EXAMPLE, tmp_path / name, HELDOUT).kl_divergence)
     assert losses[1] < 0.2 * losses[0]
 
 
 def test_rotation_then_smoothing_then_quantization(
-    stranger: Stranger, naive: ModuleType, model_folder: ModelFolder, quantize: Quantize, tmp_path: Path
+    rules: Any, stranger: Stranger, naive: ModuleType, model_folder: ModelFolder, quantize: Quantize, tmp_path: Path
 ) -> None:
     """The whole chain: exact in float, one forward of each block for every sample once it is quantized."""
     folder = model_folder("qwen2", torch.float32)
@@ -177,7 +164,7 @@ def test_rotation_then_smoothing_then_quantization(
     assert stranger.error(folder, tmp_path / "float", IDS) < 1e-4
     norm = naive.read(tmp_path / "float").tensors["model.layers.0.input_layernorm.weight"]
     assert not torch.allclose(norm, torch.ones(32), atol=0.01)
-    result = quantize(folder, tmp_path / "out", process=[QUAROT, smooth, STATIC])
+    result = quantize(folder, tmp_path / "out", process=[QUAROT, smooth, rules["static"]])
     assert result.block_forwards == 3 * 5
     assert verify_folder(tmp_path / "out", folder).ok
     seen = naive.read(tmp_path / "out")

@@ -18,14 +18,6 @@ from slim_core.errors import UnsupportedError
 ModelFolder = Callable[..., Path]
 Quantize = Callable[..., Any]
 QUAROT: dict[str, Any] = {"type": "quarot"}
-WEIGHT = {"dtype": "int8", "scope": "per_channel", "symmetric": True, "method": "minmax"}
-DYNAMIC = {
-    "type": "linear_quant",
-    "qconfig": {
-        "act": {"dtype": "int8", "scope": "per_token", "symmetric": True, "method": "minmax"},
-        "weight": WEIGHT,
-    },
-}
 
 
 REFUSED = {
@@ -40,10 +32,10 @@ REFUSED = {
 
 @pytest.mark.parametrize("family", REFUSED)
 def test_models_that_cannot_be_rotated_are_refused(
-    model_folder: ModelFolder, quantize: Quantize, tmp_path: Path, family: str
+    rules: Any, model_folder: ModelFolder, quantize: Quantize, tmp_path: Path, family: str
 ) -> None:
     with pytest.raises(UnsupportedError, match=REFUSED[family]) as caught:
-        quantize(model_folder(family, torch.float32), tmp_path / "out", process=[QUAROT, DYNAMIC])
+        quantize(model_folder(family, torch.float32), tmp_path / "out", process=[QUAROT, rules["dynamic"]])
     assert caught.value.where is not None
     assert "layers.0" in caught.value.where
     assert not (tmp_path / "out").exists()

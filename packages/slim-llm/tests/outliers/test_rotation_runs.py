@@ -22,40 +22,26 @@ ModelFolder = Callable[..., Path]
 Quantize = Callable[..., Any]
 Stranger = Any  # of conftest.py
 QUAROT: dict[str, Any] = {"type": "quarot"}
-WEIGHT = {"dtype": "int8", "scope": "per_channel", "symmetric": True, "method": "minmax"}
-DYNAMIC = {
-    "type": "linear_quant",
-    "qconfig": {
-        "act": {"dtype": "int8", "scope": "per_token", "symmetric": True, "method": "minmax"},
-        "weight": WEIGHT,
-    },
-}
-STATIC = {
-    "type": "linear_quant",
-    "qconfig": {
-        "act": {"dtype": "int8", "scope": "per_tensor", "symmetric": False, "method": "minmax"},
-        "weight": WEIGHT,
-    },
-}
 
 
 def test_always_the_same_and_nobody_elses_random_numbers(
-    stranger: Stranger, model_folder: ModelFolder, quantize: Quantize, tmp_path: Path
+    rules: Any, content: Any, model_folder: ModelFolder, quantize: Quantize, tmp_path: Path
 ) -> None:
+    folder = model_folder("qwen3_moe")
     state = torch.get_rng_state()
     for name in ("a", "b"):
-        quantize(model_folder("qwen3_moe"), tmp_path / name, process=[QUAROT, DYNAMIC])
+        quantize(folder, tmp_path / name, process=[QUAROT, rules["dynamic"]])
         torch.rand(1)
         state_now = torch.get_rng_state()
     torch.set_rng_state(state)
     torch.rand(1)
     torch.rand(1)
     assert torch.equal(torch.get_rng_state(), state_now)
-    assert stranger.content(tmp_path / "a") == stranger.content(tmp_path / "b")
+    assert content(tmp_path / "a") == content(tmp_path / "b")
 
 
 def test_without_data_there_is_no_forward_but_the_proof_and_weights_are_read_once(
-    naive: ModuleType, model_folder: ModelFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    rules: Any, naive: ModuleType, model_folder: ModelFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
@@ -85,7 +71,7 @@ def test_without_data_there_is_no_forward_but_the_proof_and_weights_are_read_onc
     LlmService().quantize(
         QuantRequest(model_path=folder, save_path=tmp_path / "out", model_type="tiny", device="cpu", force=True),
         recipe_from_dict(
-            {"apiversion": "modelslim_v1", "spec": {"process": [QUAROT, DYNAMIC], "dataset": "none.jsonl"}}
+            {"apiversion": "modelslim_v1", "spec": {"process": [QUAROT, rules["dynamic"]], "dataset": "none.jsonl"}}
         ),
         SilentProgress(),
         planned,
@@ -98,39 +84,31 @@ def test_without_data_there_is_no_forward_but_the_proof_and_weights_are_read_onc
         assert sorted(rows[name]) == list(range(len(written.tensors[name])))
 
 
-@pytest.mark.parametrize("rule", [DYNAMIC, STATIC])
+@pytest.mark.parametrize("rule", ["dynamic", "static"])
 def test_a_run_that_was_killed_is_resumed(
-    stranger: Stranger,
+    rules: Any,
+    killed: Any,
+    content: Any,
     model_folder: ModelFolder,
     quantize: Quantize,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    rule: dict[str, Any],
+    rule: str,
 ) -> None:
-    model, process = model_folder("qwen2"), [QUAROT, rule]
+    model, process = model_folder("qwen2"), [QUAROT, rules[rule]]
     quantize(model, tmp_path / "whole", process=process)
-    work = LinearQuant.process
-
-    def failing(self: LinearQuant, bench: Any) -> None:
-        work(self, bench)
-        if bench.name == "model.layers.1":
-            raise RuntimeError("killed")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(LinearQuant, "process", failing)
-        with pytest.raises(RuntimeError, match="killed"):
-            quantize(model, tmp_path / "out", process=process)
+    with killed(LinearQuant, "model.layers.1"):
+        quantize(model, tmp_path / "out", process=process)
     assert quantize(model, tmp_path / "out", process=process, resume=True).resumed_units >= 1
-    assert stranger.content(tmp_path / "out") == stranger.content(tmp_path / "whole")
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
 
 
-def test_the_plan_says_what_is_rotated(model_folder: ModelFolder, dataset: Path, tmp_path: Path) -> None:
+def test_the_plan_says_what_is_rotated(rules: Any, model_folder: ModelFolder, dataset: Path, tmp_path: Path) -> None:
     from slim_core.runners.plan_text import render_summary
 
     request = QuantRequest(
         model_path=model_folder("deepseek_v3"), save_path=tmp_path / "out", model_type="tiny", device="cpu", force=True
     )
-    spec = {"process": [QUAROT, DYNAMIC], "dataset": str(dataset)}
+    spec = {"process": [QUAROT, rules["dynamic"]], "dataset": str(dataset)}
     plan = LlmService().plan(request, recipe_from_dict({"apiversion": "modelslim_v1", "spec": spec}))
     text = render_summary(plan)
     assert "quarot: hidden states of 32 channels rotated, 3 value paths, 6 low ranks" in text

@@ -152,7 +152,7 @@ def test_shifted_models_are_scored_with_their_biases(
         report = verify_folder(tmp_path / name, model)
         assert not report.problems
         assert any("drops it" in warning for warning in report.warnings) == dropped
-    monkeypatch.setattr("slim_llm.quantize.take_stored_biases", lambda *_: None)
+    monkeypatch.setattr("slim_llm.score.take_stored_biases", lambda *_: None)
     assert score("eight") > 0.3
     biases = {name: value for name, value in stranger.tensors(tmp_path / "float").items() if name.endswith("norm.bias")}
     assert biases

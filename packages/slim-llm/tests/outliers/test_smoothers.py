@@ -18,12 +18,6 @@ ITER: dict[str, Any] = {"type": "iter_smooth", "alpha": 0.8}
 SHIFT = ITER | {"symmetric": False}
 SMOOTH: dict[str, Any] = {"type": "smooth_quant"}
 KEYS: dict[str, Any] = {"type": "kv_smooth"}
-WEIGHT = {"dtype": "int8", "scope": "per_channel", "symmetric": True, "method": "minmax"}
-
-
-def linear_quant(**act: Any) -> dict[str, Any]:
-    act = {"dtype": "int8", "scope": "per_tensor", "symmetric": False, "method": "minmax"} | act
-    return {"type": "linear_quant", "qconfig": {"act": act, "weight": WEIGHT}}
 
 
 ModelFolder = Callable[..., Path]
@@ -100,9 +94,9 @@ def divergence(stranger: Stranger, model: Path, written: Path) -> float:
 
 @pytest.mark.parametrize("smoother", [ITER, SHIFT, SMOOTH], ids=str)
 def test_smoothing_wins_back_what_outliers_cost(
-    stranger: Stranger, with_outliers: Path, quantize: Quantize, tmp_path: Path, smoother: dict[str, Any]
+    rules: Any, stranger: Stranger, with_outliers: Path, quantize: Quantize, tmp_path: Path, smoother: dict[str, Any]
 ) -> None:
-    rule = linear_quant() | {"exclude": ["*down_proj", "*o_proj"]}
+    rule = rules["static"] | {"exclude": ["*down_proj", "*o_proj"]}
     lost: list[float] = []
     for name, process in (("plain", [rule]), ("smoothed", [smoother, rule])):
         quantize(with_outliers, tmp_path / name, process=process)

@@ -25,7 +25,10 @@ class DiffusionService:
     def pedigree(self, model_type: str) -> str | None:
         return None
 
-    def handles(self, model_path: Path) -> bool:
+    def spec_type(self) -> NoReturn:
+        self._refuse()
+
+    def handles(self, model_path: Path, *, images: bool = False) -> bool:
         return False
 
     def plan(self, request: QuantRequest, recipe: object) -> NoReturn:

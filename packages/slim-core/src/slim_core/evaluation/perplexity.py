@@ -7,7 +7,7 @@ logits can be compared token by token. Quantized linears compute what the target
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -71,11 +71,14 @@ def evaluate(
     device: torch.device,
     progress: Progress,
     quantized: tuple[StreamedModel, AscendV1Folder] | None = None,
+    targets: Callable[[int], Tensor] | None = None,
 ) -> EvalResult:
-    """Score token windows.
+    """Score what a model predicts.
 
     Args:
         inputs: keyword arguments of the model; ``input_ids`` ``(1, tokens)``.
+        targets: gives, for an input that has been used, the tokens at its end that are to be predicted ``(count,)``;
+            by default these are all but its first. The model may return the logits of the last positions only.
         quantized: the same model over the written files, and the folder that says which layers are quantized.
 
     Raises:
@@ -85,16 +88,14 @@ def evaluate(
     if quantized is not None:
         _check_attentions(*quantized)
     sums = _Sums()
-    names = {unit.name: 1 for unit in model.units if unit.block is not None}
+    names = {unit.name: 1 for unit in model.running}
     progress.start("Evaluating", names | {"head": 1})
     try:
         with torch.no_grad(), ExitStack() as stack:
             runs = [stack.enter_context(BlockForwards(model, inputs, device))]
             if quantized is not None:
                 runs.append(stack.enter_context(BlockForwards(quantized[0], inputs, device)))
-            for run in runs:
-                run.start()
-            blocks = [unit for unit in model.units if unit.block is not None]
+            blocks = model.running
             written = {} if quantized is None else {unit.name: unit for unit in quantized[0].units}
             for unit in blocks:
                 progress.begin(unit.name)
@@ -105,9 +106,10 @@ def evaluate(
                     _run_block(quantized[0], written[unit.name], runs[1], device, layers, attentions, last)
                 progress.done(unit.name)
             progress.begin("head")
-            for sample, given in enumerate(inputs):
+            for sample in range(len(inputs)):
                 logits = [_logits(run.finish(sample)) for run in runs]
-                _score(given["input_ids"], logits, sums)
+                wanted = inputs[sample]["input_ids"][0, 1:] if targets is None else targets(sample)
+                _score(wanted, [part[0, -1 - len(wanted) : -1] for part in logits], sums)
             progress.done("head")
     finally:
         progress.stop()
@@ -151,6 +153,7 @@ def _run_block(
     attentions: Mapping[str, QuantizedAttention],
     last: bool,
 ) -> None:
+    run.reach(unit)
     replaced = tuple(f"{name}." for name in layers)
     names = [name for name in unit.parameters if not name.startswith(replaced)]
     model.load(names, device)
@@ -170,12 +173,16 @@ def _logits(output: Any) -> Tensor:
     return logits
 
 
-def _score(tokens: Tensor, logits: list[Tensor], sums: _Sums) -> None:
-    """Add one window; float32 over runs of tokens, so that a large vocabulary needs little memory."""
-    targets = tokens[0, 1:]
+def _score(targets: Tensor, logits: list[Tensor], sums: _Sums) -> None:
+    """Add one window; float32 over runs of tokens, so that a large vocabulary needs little memory.
+
+    Args:
+        targets: ``(tokens,)``.
+        logits: of each model ``(tokens, vocabulary)``.
+    """
     for start in range(0, len(targets), _CHUNK):
         target = targets[start : start + _CHUNK]
-        first, *others = (functional.log_softmax(part[0, start : start + len(target)].float(), -1) for part in logits)
+        first, *others = (functional.log_softmax(part[start : start + len(target)].float(), -1) for part in logits)
         sums.tokens += len(target)
         sums.loss += float(functional.nll_loss(first, target, reduction="sum"))
         for other in others:

@@ -28,12 +28,15 @@ class ModelAdapter:
         tensor_name: turns the name of a parameter into the checkpoint's name for it.
         subgraphs: places where outliers can be moved, which names do not tell, or tell wrongly.
         unsmoothed: patterns of sources that are never smoothed, by full name, e.g. ``*.attn_norm``.
+        towers: dotted names of the modules that run as a whole ahead of the decoder blocks, in the order of their
+            calls; each may be called once by a forward, or not at all. None: found by the service.
     """
 
     blocks: str = ""
     tensor_name: Callable[[str], str] = str
     subgraphs: tuple[GivenSubgraph, ...] = ()
     unsmoothed: tuple[str, ...] = ()
+    towers: tuple[str, ...] | None = None
 
 
 def find_adapter(model_type: str) -> ModelAdapter:

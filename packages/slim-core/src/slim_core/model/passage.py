@@ -23,7 +23,7 @@ from slim_core.model.suspended import BlockCall, SuspendedForward
 from slim_core.model.units import StreamedModel, Unit
 from slim_core.model.wide import hidden_of, widened, with_hidden
 
-__all__ = ["Passage", "pass_through", "values_of"]
+__all__ = ["Passage", "in_shell", "pass_through", "values_of"]
 
 _HEAD_ROWS = 256
 _EMBEDDING_ROWS = 64
@@ -78,7 +78,7 @@ def pass_through(
     """
     found = Passage() if known is None else Passage(kinds=known.kinds, shells=known.shells)
     blocks = [unit for unit in model.units if unit.block is not None]
-    around = [unit for unit in model.units if unit.block is None and not unit.mirrors]
+    around = [unit for unit in model.units if unit.stop is None and not unit.mirrors]
     outside = {name: stored for unit in around for name, stored in unit.parameters.items()}
     inputs, rows = _small(model, example)
     modules = dict(_outside(model))
@@ -86,7 +86,7 @@ def pass_through(
         torch.no_grad(),
         widened(model.module, values_of(model, outside), rows),
         watched(modules, found.seen),
-        SuspendedForward(model.module, model.blocks, [inputs]) as forward,
+        SuspendedForward(model.module, model.stops, [inputs], len(model.towers)) as forward,
     ):
         forward.start()
         firsts: dict[Any, str] = {}
@@ -108,7 +108,7 @@ def pass_through(
             if unit is blocks[-1]:
                 hidden = last(_random_like(hidden))
                 found.last = hidden
-            forward.resume(0, _in_shell(found.shells[found.kinds[unit.name]], hidden))
+            forward.resume(0, in_shell(found.shells[found.kinds[unit.name]], hidden))
         found.logits = _logits(model, forward.outputs[0])
     return found
 
@@ -131,7 +131,8 @@ def _look_at(model: StreamedModel, unit: Unit, forward: SuspendedForward, call: 
     return shell[0]
 
 
-def _in_shell(shell: Any, hidden: Tensor) -> Any:
+def in_shell(shell: Any, hidden: Tensor) -> Any:
+    """A block's output in which the hidden states are replaced."""
     return hidden if isinstance(shell, Tensor) else type(shell)((hidden, *shell[1:]))
 
 
@@ -163,8 +164,7 @@ def _small(model: StreamedModel, example: Mapping[str, Any]) -> tuple[dict[str, 
 
 
 def _outside(model: StreamedModel) -> Iterator[tuple[str, nn.Module]]:
-    """Embeddings, norms and linears that belong to no block."""
-    inside = f"{model.blocks_name}."
+    """Embeddings, norms and linears that belong to neither a block nor a tower."""
     for name, module in named_modules(model.module):
-        if not name.startswith(inside) and (isinstance(module, (nn.Embedding, nn.Linear)) or is_norm(module)):
+        if model.owner(name) is None and (isinstance(module, (nn.Embedding, nn.Linear)) or is_norm(module)):
             yield name, module

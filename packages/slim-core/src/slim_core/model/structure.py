@@ -101,7 +101,7 @@ def discover(
     around = outside or model
     around.load(around.outside, torch.device("cpu"))
     try:
-        with torch.no_grad(), SuspendedForward(model.module, model.blocks, [example]) as forward:
+        with torch.no_grad(), SuspendedForward(model.module, model.stops, [example], len(model.towers)) as forward:
             forward.start()
             blocks = [unit for unit in model.units if unit.block is not None]
             for unit in blocks:

@@ -36,15 +36,22 @@ class SuspendedForward:
     Blocks keep their real ``forward`` as :meth:`compute`; only calls from inside the model are caught. Leaving the
     context restores the blocks and ends all coroutines.
 
+    Args:
+        inputs: keyword arguments of the model; each is asked for once, when its forward starts.
+        optional: how many of the first blocks a forward may pass by, as one without an image does the vision tower.
+
     Raises:
         InvalidModelError: the model does not call its blocks once each, in order.
     """
 
-    def __init__(self, model: nn.Module, blocks: Sequence[nn.Module], inputs: Sequence[Mapping[str, Any]]) -> None:
+    def __init__(
+        self, model: nn.Module, blocks: Sequence[nn.Module], inputs: Sequence[Mapping[str, Any]], optional: int = 0
+    ) -> None:
         self._model = model
         self._blocks = list(blocks)
         self._inputs = inputs
-        self._runs: list[greenlet.greenlet] = []
+        self._optional = optional
+        self._runs: dict[int, greenlet.greenlet] = {}
         self._calls: list[BlockCall | None] = [None] * len(inputs)
         self._shadowed: list[Any] = []  # what the blocks had as ``forward`` of their own
         self.outputs: list[Any] = [None] * len(inputs)
@@ -64,7 +71,7 @@ class SuspendedForward:
                 del block.forward
             else:
                 block.forward = forward
-        for run in self._runs:
+        for run in self._runs.values():
             if not run.dead:
                 run.throw(greenlet.GreenletExit)
         self._runs.clear()
@@ -77,11 +84,14 @@ class SuspendedForward:
         return forward
 
     def start(self) -> None:
-        """Run every sample up to its first block."""
-        for sample, inputs in enumerate(self._inputs):
-            run = greenlet.greenlet(self._forward, self._hub)
-            self._runs.append(run)
-            self._take(sample, run.switch(inputs), expected=0)
+        """Run every sample that has not started yet up to its first block."""
+        for sample in range(len(self._inputs)):
+            if sample not in self._runs:
+                self._start(sample)
+
+    def _start(self, sample: int) -> None:
+        run = self._runs[sample] = greenlet.greenlet(self._forward, self._hub)
+        self._take(sample, run.switch(self._inputs[sample]), expected=0)
 
     def _forward(self, inputs: Mapping[str, Any]) -> Any:
         return self._model(**inputs)
@@ -89,24 +99,32 @@ class SuspendedForward:
     def _take(self, sample: int, received: Any, expected: int) -> None:
         if isinstance(received, BlockCall):
             received.sample = sample
-            if received.block != expected:
+            if not expected <= received.block <= max(expected, self._optional):
                 raise InvalidModelError(
-                    f"block {received.block} was called where block {expected} was expected; the model does not run "
-                    "its blocks once each, in order",
+                    f"{self._called(received.block)} was called where {self._called(expected)} was expected; the model "
+                    "does not run its blocks once each, in order",
                     where=type(self._model).__name__,
-                    remedy="name the list of blocks in an adapter",
+                    remedy="name the list of blocks, and what runs as a whole ahead of them, in an adapter",
                 )
             self._calls[sample] = received
             return
         if expected < len(self._blocks):
             raise InvalidModelError(
-                f"the forward ended before calling block {expected}", where=type(self._model).__name__
+                f"the forward ended before calling {self._called(expected)}", where=type(self._model).__name__
             )
         self._calls[sample] = None
         self.outputs[sample] = received
 
+    def _called(self, position: int) -> str:
+        """A block as errors call it."""
+        if position < self._optional:
+            return type(self._blocks[position]).__name__
+        return f"block {position - self._optional}" if position < len(self._blocks) else "the end"
+
     def call(self, sample: int) -> BlockCall:
-        """The call at which a sample is suspended."""
+        """The call at which a sample is suspended; one that has not started yet is run up to there."""
+        if sample not in self._runs:
+            self._start(sample)
         call = self._calls[sample]
         if call is None:
             raise InvalidModelError(f"sample {sample} is not suspended", where=type(self._model).__name__)

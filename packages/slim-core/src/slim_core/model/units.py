@@ -1,4 +1,6 @@
-"""The model as a sequence of units: what comes before the blocks, every block, what comes after.
+"""The model as a sequence of units: what comes before the blocks, every tower, every block, what comes after.
+
+A tower is a part that runs as a whole ahead of the decoder blocks: a vision encoder, or the projector behind it.
 
 A unit knows its parameters and the checkpoint tensors behind them. It is loaded onto a device, worked on and unloaded;
 nothing else of the model is in memory.
@@ -36,7 +38,8 @@ class LinearInfo:
     """A linear of the model: module name, the checkpoint name its tensors go by, and its parts.
 
     Args:
-        in_block: whether it is inside a decoder block, so that recipes can name it.
+        in_block: whether it is inside a decoder block or a tower, so that recipes can name it.
+        in_decoder: whether it is inside a decoder block.
         runs: whether the model runs it; of a drafting layer's nothing can be observed.
     """
 
@@ -47,6 +50,7 @@ class LinearInfo:
     has_bias: bool
     in_block: bool
     runs: bool = True
+    in_decoder: bool = True
 
 
 @dataclass(frozen=True)
@@ -63,8 +67,10 @@ class Unit:
     """A part of the model that is in memory as a whole.
 
     Args:
-        name: dotted module name of a block, or ``prologue``, ``epilogue``, ``extra``; of a drafting layer its prefix.
+        name: dotted module name of a block or a tower, or ``prologue``, ``epilogue``, ``extra``; of a drafting layer
+            its prefix.
         block: index of the block, None outside the blocks.
+        stop: at which of the model's stops it runs, None if it is neither block nor tower.
         parameters: parameter (or buffer) name to checkpoint tensor, for all that this unit owns; of a drafting layer
             those of its linears, by the names that they would have.
         tensors: what the unit writes, output name to the checkpoint tensor it comes from; differs for tied weights.
@@ -82,6 +88,7 @@ class Unit:
     attentions: tuple[AttentionInfo, ...] = ()
     added: Mapping[str, TensorMeta] = field(default_factory=dict[str, TensorMeta])
     mirrors: str = ""
+    stop: int | None = None
 
 
 @dataclass
@@ -99,6 +106,8 @@ class StreamedModel:
         attention: the attentions of the model and the way to their states; None if nobody knows.
         joined: tensors of the source that are stored in parts, see :class:`JoinedSource`; the parts are written.
         subgraphs, unsmoothed: what an adapter says of where outliers can be moved.
+        towers: dotted names of the modules that each run at most once ahead of the blocks, in the order of their calls.
+        tower_example: gives keyword arguments of the model for one short sample that makes all its towers run.
 
     Raises:
         InvalidModelError: a parameter has no tensor, or one of another shape.
@@ -115,6 +124,8 @@ class StreamedModel:
     joined: Mapping[str, tuple[str, ...]] = field(default_factory=dict[str, tuple[str, ...]])
     subgraphs: tuple[GivenSubgraph, ...] = ()
     unsmoothed: tuple[str, ...] = ()
+    towers: tuple[str, ...] = ()
+    tower_example: Callable[[], Mapping[str, Any]] | None = None
     units: list[Unit] = field(default_factory=list[Unit], init=False)
 
     def __post_init__(self) -> None:
@@ -128,6 +139,16 @@ class StreamedModel:
     def blocks(self) -> list[nn.Module]:
         """The decoder blocks, in order."""
         return list(self.module.get_submodule(self.blocks_name).children())
+
+    @property
+    def stops(self) -> list[nn.Module]:
+        """Where the forward of a sample is suspended: the towers, which it may pass by, and the blocks."""
+        return [*(self.module.get_submodule(name) for name in self.towers), *self.blocks]
+
+    @property
+    def running(self) -> list[Unit]:
+        """The units that samples run through, in the order of the stops."""
+        return [unit for unit in self.units if unit.stop is not None]
 
     @property
     def dtype(self) -> torch.dtype | None:
@@ -230,20 +251,23 @@ class StreamedModel:
                 )
         return names, ties
 
-    def _cut(self, ties: dict[str, str]) -> list[Unit]:
+    def owner(self, name: str) -> str | None:
+        """The block or tower that a module or parameter belongs to."""
         prefix = f"{self.blocks_name}."
+        if name.startswith(prefix):
+            return prefix + name.removeprefix(prefix).split(".", 1)[0]
+        return next((tower for tower in self.towers if name == tower or name.startswith(f"{tower}.")), None)
+
+    def _cut(self, ties: dict[str, str]) -> list[Unit]:
         order = list(self._shapes)
-        in_blocks = [i for i, name in enumerate(order) if name.startswith(prefix)]
-        groups: dict[str, list[str]] = {"prologue": [], "epilogue": []}
-        count = len(self.blocks)
-        groups = {"prologue": [], **{f"{prefix}{i}": [] for i in range(count)}, "epilogue": []}
+        owners = [self.owner(name) for name in order]
+        first = next((i for i, name in enumerate(order) if name.startswith(f"{self.blocks_name}.")), 0)
+        count, towers = len(self.blocks), len(self.towers)
+        stops = [*self.towers, *(f"{self.blocks_name}.{i}" for i in range(count))]
+        groups: dict[str, list[str]] = {name: [] for name in ("prologue", *stops, "epilogue")}
         for position, name in enumerate(order):
-            if name.startswith(prefix):
-                groups[prefix + name.removeprefix(prefix).split(".", 1)[0]].append(name)
-            else:
-                before = bool(in_blocks) and position < in_blocks[0]
-                groups["prologue" if before else "epilogue"].append(name)
-        linears = self._linears(prefix, set(ties.values()))
+            groups[owners[position] or ("prologue" if position < first else "epilogue")].append(name)
+        linears = self._linears(set(ties.values()))
         written: set[str] = set()
         units: list[Unit] = []
         for number, (name, members) in enumerate(groups.items()):
@@ -256,18 +280,19 @@ class StreamedModel:
                 if (alias := self.tensor_name(member)) in ties and (origin := ties[alias])
             }
             written |= set(tensors)
-            block = number - 1 if 0 < number <= count else None
+            stop = number - 1 if 0 < number <= len(stops) else None
+            block = stop - towers if stop is not None and stop >= towers else None
             attentions = self._attentions(name) if block is not None else ()
-            units.append(Unit(name, block, parameters, tensors, tuple(linears.get(name, ())), attentions))
+            units.append(Unit(name, block, parameters, tensors, tuple(linears.get(name, ())), attentions, stop=stop))
         extra = {name: name for name in self.source if name not in written}
         for draft in find_drafts([unit for unit in units if unit.block is not None], extra, self.source):
             units.append(draft)
             extra = {name: name for name in extra if name not in draft.tensors}
         if extra:
             units.append(Unit("extra", None, {}, extra))
-        return [unit for unit in units if unit.tensors or unit.parameters or unit.block is not None]
+        return [unit for unit in units if unit.tensors or unit.parameters or unit.stop is not None]
 
-    def _linears(self, prefix: str, tied: Collection[str]) -> dict[str, list[LinearInfo]]:
+    def _linears(self, tied: Collection[str]) -> dict[str, list[LinearInfo]]:
         """The linears of every unit.
 
         Args:
@@ -282,18 +307,18 @@ class StreamedModel:
                 continue
             if not isinstance(module, nn.Linear) or not is_linear(module):
                 continue
-            in_block = name.startswith(prefix)
-            if in_block and self._names[weight] in tied:
+            owner = self.owner(name)
+            if owner is not None and self._names[weight] in tied:
                 continue
-            unit = prefix + name.removeprefix(prefix).split(".", 1)[0] if in_block else "epilogue"
-            found.setdefault(unit, []).append(
+            found.setdefault(owner or "epilogue", []).append(
                 LinearInfo(
                     name=name,
                     prefix=self.tensor_name(weight).removesuffix(".weight"),
                     in_features=module.in_features,
                     out_features=module.out_features,
                     has_bias=module._parameters.get("bias") is not None,  # pyright: ignore
-                    in_block=in_block,
+                    in_block=owner is not None,
+                    in_decoder=owner is not None and owner not in self.towers,
                 )
             )
         return found
@@ -344,8 +369,8 @@ class StreamedModel:
 
     @property
     def outside(self) -> list[str]:
-        """Parameters that belong to no block."""
-        return [name for name in self._names if not name.startswith(f"{self.blocks_name}.")]
+        """Parameters that belong to neither a block nor a tower."""
+        return [name for name in self._names if self.owner(name) is None]
 
 
 def _named_tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

@@ -147,7 +147,7 @@ class AdaptRotation(Rotating):
         if user is None:
             raise UnexpectedError("no processor uses the rotation", where=where)
         self.stream, leaders = user.rotated.stream, user.rotated.readers
-        chosen = [info.name for info in linears if info.in_block and info.runs and self._names(info.name)]
+        chosen = [info.name for info in linears if info.in_decoder and info.runs and self._names(info.name)]
         parts = ", ".join(map(repr, self.config.layer_type))
         if not chosen:
             raise UnsupportedError(

@@ -65,7 +65,8 @@ class KVSmooth(Processor):
 
     def adopt(self, structure: Structure, model: StreamedModel) -> None:
         chosen = NameFilter(self.config.include, self.config.exclude)
-        names = [info.name for unit in model.units for info in unit.attentions]
+        spelled = {info.name: (info.name, info.prefix) for unit in model.units for info in unit.attentions}
+        names = list(spelled)
         refused = {name: why for found in structure.keys.values() for name, why in found.refused.items()}
         if not set(names) - set(refused):
             raise UnsupportedError(
@@ -74,11 +75,11 @@ class KVSmooth(Processor):
                 where=f"spec.{self.position}",
                 remedy="leave this processor out",
             )
-        for side, pattern in chosen.unmatched(names):
+        for side, pattern in chosen.unmatched([name for both in spelled.values() for name in both]):
             self._notes.append(
                 f"spec.{self.position}.{side}: pattern {pattern!r} matches no attention, e.g. {names[0]}"
             )
-        wanted = {name for name in names if self.config.include and chosen.matches(name)}
+        wanted = {name for name, both in spelled.items() if self.config.include and chosen.matches(*both)}
         if left := {name: why for name, why in refused.items() if name in wanted}:
             self._notes.append(f"spec.{self.position} cannot smooth {len(left)} attentions: {some_reasons(left)}")
         self._places = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -90,6 +90,12 @@ class Smoother(Processor, ABC):
     def adopt(self, structure: Structure, model: StreamedModel) -> None:
         chosen = NameFilter(self.config.include, self.config.exclude)
         kinds, types = self.config.kinds, self.config.types
+        checkpoint = {info.name: info.prefix for unit in model.units for info in unit.linears}
+
+        def names(source: str) -> tuple[str, str]:
+            stored = checkpoint.get(source) or model.tensor_name(f"{source}.weight").removesuffix(".weight")
+            return source, stored
+
         self._linears = {info.name: info for unit in model.units for info in unit.linears}
         self._model_dtype = model.dtype
         self._parameters = {name for unit in model.units for name in unit.parameters}
@@ -100,10 +106,11 @@ class Smoother(Processor, ABC):
             for unit, found in structure.findings.items()
         }
         self._graphs = {
-            unit: [g for g in graphs if g.type in types and chosen.matches(g.source)] for unit, graphs in known.items()
+            unit: [g for g in graphs if g.type in types and chosen.matches(*names(g.source))]
+            for unit, graphs in known.items()
         }
         every = [graph for graphs in known.values() for graph in graphs]
-        self._note(structure, chosen, [graph.source for graph in every if graph.type in types])
+        self._note(structure, chosen, names, [graph.source for graph in every if graph.type in types])
         if not any(graph.type in kinds for graph in every):
             only = "" if kinds == SUBGRAPH_TYPES else f" of type {', '.join(kinds)}"
             refused = structure.refused()
@@ -117,14 +124,21 @@ class Smoother(Processor, ABC):
         if self.shifts:
             self._choose_shifts(model)
 
-    def _note(self, structure: Structure, chosen: NameFilter, sources: Sequence[str]) -> None:
+    def _note(
+        self,
+        structure: Structure,
+        chosen: NameFilter,
+        names: Callable[[str], tuple[str, ...]],
+        sources: Sequence[str],
+    ) -> None:
         # A pattern that names what cannot be smoothed is no mistake.
-        for side, pattern in chosen.unmatched([*sources, *structure.refused()]):
+        known = [name for source in (*sources, *structure.refused()) for name in names(source)]
+        for side, pattern in chosen.unmatched(known):
             self._notes.append(
                 f"spec.{self.position}.{side}: pattern {pattern!r} matches no source of a subgraph; sources are norms, "
                 "v_proj and up_proj" + (", e.g. " if sources else "") + ", ".join(sources[:3])
             )
-        refused = {s: reason for s, reason in structure.refused().items() if chosen.matches(s)}
+        refused = {s: reason for s, reason in structure.refused().items() if chosen.matches(*names(s))}
         if refused:
             self._notes.append(f"spec.{self.position} cannot smooth {len(refused)} places: {some_reasons(refused)}")
         if not any(self._graphs.values()):

@@ -96,11 +96,11 @@ class NameFilter:
         object.__setattr__(self, "_include", _compile_all(self.include, "include"))
         object.__setattr__(self, "_exclude", _compile_all(self.exclude, "exclude"))
 
-    def matches(self, name: str) -> bool:
-        """Whether the filter selects this name."""
-        if _any(name, self.exclude, self._exclude):
+    def matches(self, *names: str) -> bool:
+        """Whether the filter selects something that has this name, or these: the model's and the checkpoint's."""
+        if any(_any(name, self.exclude, self._exclude) for name in names):
             return False
-        return not self.include or _any(name, self.include, self._include)
+        return not self.include or any(_any(name, self.include, self._include) for name in names)
 
     def unmatched(self, names: Iterable[str]) -> list[tuple[Literal["include", "exclude"], str]]:
         """Patterns that match none of the names, with the list they stand in; a plain ``*`` is never reported."""

@@ -26,11 +26,13 @@ class Ends:
 
     Args:
         heads: linears that read it without a norm.
+        towers: linears ahead of the blocks whose outputs become part of it, such as those of images.
     """
 
     embeddings: tuple[str, ...]
     norms: tuple[Subgraph, ...]
     heads: tuple[str, ...] = ()
+    towers: tuple[str, ...] = ()
 
     @property
     def linears(self) -> tuple[str, ...]:
@@ -41,6 +43,8 @@ class Ends:
         """Rotate the stream here too."""
         for embedding in self.embeddings:
             steps.right(embedding, rotation)
+        for writer in self.towers:
+            steps.left(writer, rotation)
         for norm in self.norms:
             steps.norm(norm)
         for linear in self.linears:

@@ -30,6 +30,7 @@ from slim_core.rotation.online_places import OnlineChoice, OnlinePlaces
 from slim_core.rotation.proof import TOLERANCE, BlockWitness, relative_error
 from slim_core.rotation.source import TransformedSource
 from slim_core.rotation.steps import Steps
+from slim_core.rotation.towers import find_tower_writers
 
 __all__ = ["RotatedModel", "rotate_model"]
 
@@ -115,6 +116,7 @@ class _Rotator:
         passage = pass_through(model, example, visit=self._visit)
         width = passage.first.shape[-1]
         ends = find_ends(model, passage)
+        ends = replace(ends, towers=find_tower_writers(model, passage, ends.linears))
         self._refuse_strangers(width)
         stream = self._rotation(width, "the hidden states")
         blocks = [unit for unit in model.units if unit.block is not None]

@@ -15,7 +15,8 @@ from torch.utils._pytree import tree_map_only
 from slim_core.model.attention import Tap
 from slim_core.model.skeleton import stand_in
 from slim_core.model.suspended import BlockCall, SuspendedForward
-from slim_core.model.units import StreamedModel
+from slim_core.model.tower_inputs import TowerInputs
+from slim_core.model.units import StreamedModel, Unit
 from slim_core.quantization.attention import QuantizedAttention
 from slim_core.quantization.layers import QuantizedLinear, SimulatedLinear
 
@@ -34,8 +35,11 @@ class BlockForwards:
     With two streams every sample is carried twice, so that one stream can be handed exact outputs (stream 0) and the
     other quantized ones (the last stream).
 
+    A sample starts when its first stop is run, so that inputs which are costly to make need not all be there at once.
+    One that passes a tower by is left out while that is at work.
+
     Args:
-        inputs: keyword arguments of the model for each sample.
+        inputs: keyword arguments of the model for each sample, asked for when it starts.
         extra: the same of extra samples, which are run apart from the others and are in one stream, the last.
     """
 
@@ -52,8 +56,11 @@ class BlockForwards:
         self.samples = len(inputs)
         self._streams = streams
         self.extra = len(extra)
-        self._forward = SuspendedForward(model.module, model.blocks, [*[*inputs] * streams, *extra])
+        towers = len(model.towers)
+        self._carried = _Carried(inputs, streams, extra)
+        self._forward = SuspendedForward(model.module, model.stops, self._carried, towers)
         self._last: list[Any] = []
+        self._stop = 0
         self.count = 0
 
     def __enter__(self) -> BlockForwards:
@@ -73,11 +80,26 @@ class BlockForwards:
         self._forward.__exit__(kind, error, trace)
         self._model.unload(self._model.outside)
 
-    def start(self) -> None:
-        """Run every sample up to the first block. Embeddings have done their work then."""
-        self._forward.start()
-        self._model.unload(self._model.made_while_read(nn.Embedding))
-        self._model.source.release(self._model.tensors_of(self._model.outside))
+    def reach(self, unit: Unit) -> None:
+        """Turn to a block or tower. At the first block, samples that met no tower start; embeddings have done their
+        work then."""
+        assert unit.stop is not None
+        self._stop = unit.stop
+        if unit.block == 0:
+            self._forward.start()
+            self._model.unload(self._model.made_while_read(nn.Embedding))
+            self._model.source.release(self._model.tensors_of(self._model.outside))
+
+    def given(self) -> tuple[int, int]:
+        """How many samples, and how many extra ones, have started; several may share a forward."""
+        return self._carried.given, self._carried.given_extra
+
+    def present(self) -> list[int]:
+        """The samples that are run by the current block or tower."""
+        return [sample for sample in range(self.samples) if self._is_here(sample)]
+
+    def _is_here(self, index: int) -> bool:
+        return self._forward.call(index).block == self._stop
 
     def compute(self, sample: int, stream: int = -1) -> Any:
         """The output of the current block for a sample, on the device."""
@@ -95,37 +117,39 @@ class BlockForwards:
 
     def tokens(self) -> int:
         """How many tokens of all samples the current block is given."""
-        calls = [self._forward.call(sample) for sample in range(self.samples)]
-        return sum(_tokens_of(call) for call in calls)
+        return sum(_tokens_of(self._forward.call(sample)) for sample in self.present())
 
     def run(self, *, hand_on: bool, stream: int = -1, keep: bool = False) -> list[Any]:
         """Run the current block for every sample of a stream, and hand its outputs on to the next block if asked.
 
         Returns:
-            The outputs, back on the host; empty unless they are to be kept.
+            The outputs, back on the host, None for a sample that passes the tower by; empty unless they are to be kept.
         """
         kept: list[Any] = []
         for sample in range(self.samples):
-            output = moved(self.compute(sample, stream), torch.device("cpu"))
+            output = self._on_host(self._index(sample, stream))
             if keep:
                 kept.append(output)
             if hand_on:
-                self._resume(sample, output, stream)
+                self._resume(self._index(sample, stream), output)
         return kept
+
+    def _on_host(self, index: int) -> Any:
+        return moved(self._compute(index), torch.device("cpu")) if self._is_here(index) else None
 
     def hand_on(self, outputs: Sequence[Any], stream: int = -1) -> None:
         """Hand outputs that were kept on to the next block."""
         for sample, output in enumerate(outputs):
-            self._resume(sample, output, stream)
+            self._resume(self._index(sample, stream), output)
 
     def compute_extra(self, sample: int) -> Any:
-        """The output of the current block for an extra sample, back on the host."""
-        return moved(self._compute(self.samples * self._streams + sample), torch.device("cpu"))
+        """The output of the current block for an extra sample, back on the host; None if it passes the tower by."""
+        return self._on_host(self.samples * self._streams + sample)
 
     def hand_on_extra(self, outputs: Sequence[Any]) -> None:
         """Hand the outputs of the extra samples on to the next block."""
         for sample, output in enumerate(outputs):
-            self._resume_index(self.samples * self._streams + sample, output)
+            self._resume(self.samples * self._streams + sample, output)
 
     def drop_extra(self) -> None:
         """Nobody needs the extra samples any more."""
@@ -133,13 +157,12 @@ class BlockForwards:
             self._forward.abandon(self.samples * self._streams + sample)
         self.extra = 0
 
-    def _resume(self, sample: int, output: Any, stream: int) -> None:
-        self._resume_index(self._index(sample, stream), output)
-
-    def _resume_index(self, index: int, output: Any) -> None:
+    def _resume(self, index: int, output: Any) -> None:
         """At the last block outputs are dropped: nothing after the blocks is ever calibrated."""
-        if self._forward.call(index).block < len(self._model.blocks) - 1:
+        if self._is_here(index) and self._stop < len(self._model.stops) - 1:
             self._forward.resume(index, output)
+            if self._stop < len(self._model.towers) <= self._forward.call(index).block:
+                self._carried.let_go(index)
 
     def run_to_end(self) -> None:
         """Run the last block for every sample and keep its outputs; :meth:`finish` runs what comes after."""
@@ -151,6 +174,41 @@ class BlockForwards:
         self._forward.resume(sample, self._last[sample])
         output, self._forward.outputs[sample], self._last[sample] = self._forward.outputs[sample], None, None
         return output
+
+
+class _Carried(Sequence[Mapping[str, Any]]):
+    """The inputs of all streams, and then of the extra samples; each is taken from where it comes when it is needed."""
+
+    def __init__(self, inputs: Sequence[Mapping[str, Any]], streams: int, extra: Sequence[Mapping[str, Any]]) -> None:
+        self._inputs, self._streams, self._extra = inputs, streams, extra
+        self.given = self.given_extra = 0
+        self._for_towers: dict[int, TowerInputs] = {}
+
+    def __len__(self) -> int:
+        return len(self._inputs) * self._streams + len(self._extra)
+
+    def __getitem__(self, index: Any) -> Any:
+        at, own = int(index), len(self._inputs) * self._streams
+        batch = self._extra[at - own] if at >= own else self._inputs[at % len(self._inputs)]
+        if isinstance(batch, TowerInputs):
+            self._for_towers[at] = batch
+        if at >= own:
+            self.given_extra += _samples(batch)
+        elif at < len(self._inputs):
+            self.given += _samples(batch)
+        return batch
+
+    def let_go(self, index: int) -> None:
+        """The towers have run for this one."""
+        if (batch := self._for_towers.pop(index, None)) is not None:
+            batch.let_go()
+
+
+def _samples(batch: Mapping[str, Any]) -> int:
+    """How many samples share a forward."""
+    ids = batch.get("input_ids")
+    tensors = [ids] if isinstance(ids, Tensor) else [value for value in batch.values() if isinstance(value, Tensor)]
+    return max((len(value) for value in tensors if value.dim()), default=1)
 
 
 class KeptBlock:

@@ -57,7 +57,7 @@ def choose_runner(
     if requested != "auto":
         return RunnerChoice(requested, "the recipe asks for it")
     gib = 1 << 30
-    blocks = [unit_bytes(model, unit) for unit in model.units if unit.block is not None]
+    blocks = [unit_bytes(model, unit) for unit in model.running]
     total, largest = sum(blocks), max(blocks, default=0)
     free, host = free_device_memory(devices.first), free_host_memory()
     sizes = (

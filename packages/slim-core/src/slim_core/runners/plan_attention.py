@@ -9,7 +9,7 @@ from slim_core.errors import UnsupportedError
 from slim_core.model.attention import AttentionInfo
 from slim_core.processors.base import AttentionAssignment, AttentionRule
 from slim_core.quantization.attention import check_attention
-from slim_core.runners.plan_rules import first_to_name, why_float
+from slim_core.runners.plan_rules import first_to_name, spellings, why_float
 
 __all__ = ["FLOAT", "PlannedAttention", "assign_attentions", "planned_attentions"]
 
@@ -41,8 +41,8 @@ def assign_attentions(
             remedy="leave this processor out",
         )
     infos = {info.name: info for info in attentions}
-    names = list(infos)
-    owners, warnings = first_to_name(rules, names, "attentions")
+    owners, warnings = first_to_name(rules, attentions, "attentions")
+    names = [name for info in attentions for name in spellings(info)]
     for name, rule in owners.items():
         check_attention(rule.form, infos[name])
     assignments = {
@@ -69,6 +69,6 @@ def planned_attentions(
     planned: list[PlannedAttention] = []
     for info in attentions:
         found = assignments.get(info.name)
-        becomes, reason = (str(found.form), found.reason) if found else (FLOAT, why_float(info.name, rules))
+        becomes, reason = (str(found.form), found.reason) if found else (FLOAT, why_float(info, rules))
         planned.append(PlannedAttention(info.name, becomes, reason, info))
     return tuple(planned)

@@ -12,7 +12,7 @@ from slim_core.processors.base import Assignment, LinearRule
 from slim_core.quantization.attention import AttentionForm
 from slim_core.quantization.kinds import LayerForm, LayerKind
 from slim_core.quantization.statistics import Need
-from slim_core.runners.plan_rules import first_to_name, weight_rule, why_float
+from slim_core.runners.plan_rules import first_to_name, spellings, weight_rule, why_float
 from slim_core.savers.loaders import MAIN_ENGINE, lost_biases, mixed_fusions, no_engine, unloadable
 
 __all__ = ["PlannedLinear", "assign_linears", "engine_refusal", "engine_warnings", "planned_linears"]
@@ -43,8 +43,7 @@ def assign_linears(
         training: positions of rules whose linears learn while their block is run.
     """
     known = {linear.name: linear for linear in linears if linear.in_block}
-    names = list(known)
-    owners, warnings = first_to_name(rules, names, "linears")
+    owners, warnings = first_to_name(rules, known.values(), "linears")
     assignments: dict[str, Assignment] = {}
     blind: dict[str, list[str]] = {}
     for name, rule in owners.items():
@@ -61,7 +60,8 @@ def assign_linears(
         texts = [f"{text} ({len(names)} linears, e.g. {names[0]})" for text, names in blind.items()]
         warnings.append(f"the model class does not run drafting layers, so they are not calibrated: {'; '.join(texts)}")
     # To exclude the head is pointless but no mistake.
-    every = [linear.name for linear in linears]
+    names = [name for linear in known.values() for name in spellings(linear)]
+    every = [name for linear in linears for name in spellings(linear)]
     for rule in rules:
         warnings += [
             f"spec.{rule.position}.{side}: pattern {pattern!r} matches no linear of the decoder blocks"
@@ -142,9 +142,10 @@ def planned_linears(
 def _why_float(linear: LinearInfo, rules: list[LinearRule]) -> str:
     if not linear.in_block:
         return "outside the decoder blocks"
-    owner = None if linear.runs else next((rule for rule in rules if rule.filter.matches(linear.name)), None)
+    names = spellings(linear)
+    owner = None if linear.runs else next((rule for rule in rules if rule.filter.matches(*names)), None)
     if owner is None:
-        return why_float(linear.name, rules)
+        return why_float(linear, rules)
     return f"spec.{owner.position}; {_NOT_RUN}: {_unseen(owner, trained=False)[1]}"
 
 

@@ -83,7 +83,7 @@ def explores_by_expert(budget: MemoryBudget, model: StreamedModel) -> bool:
 
     Exploring takes the largest block and, where a norm is changed, copies of all that reads it.
     """
-    largest = max((unit_bytes(model, unit) for unit in model.units if unit.block is not None), default=0)
+    largest = max((unit_bytes(model, unit) for unit in model.running), default=0)
     return budget.host is not None and 2 * largest > budget.host
 
 

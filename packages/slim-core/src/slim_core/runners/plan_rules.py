@@ -2,30 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import TypeVar
 
+from slim_core.model.attention import AttentionInfo
+from slim_core.model.units import LinearInfo
 from slim_core.processors.base import AttentionRule, LinearRule
 from slim_core.quantization.kinds import LayerKind
 from slim_core.quantization.statistics import Need
 from slim_core.recipe import NameFilter
 
-__all__ = ["first_to_name", "weight_rule", "why_float"]
+__all__ = ["first_to_name", "spellings", "weight_rule", "why_float"]
 
 Rule = TypeVar("Rule", LinearRule, AttentionRule)
 
 
-def first_to_name(rules: Sequence[Rule], names: Sequence[str], what: str) -> tuple[dict[str, Rule], list[str]]:
+def first_to_name(
+    rules: Sequence[Rule], infos: Iterable[LinearInfo | AttentionInfo], what: str
+) -> tuple[dict[str, Rule], list[str]]:
     """The first rule that names something has it; later ones that name it too are worth a warning.
 
+    A recipe may use the names of the checkpoint or those of the model, where the two differ.
+
     Args:
-        what: the names are of, e.g. ``linears``.
+        what: they are, e.g. ``linears``.
     """
+    spelled = {info.name: spellings(info) for info in infos}
     owners: dict[str, Rule] = {}
     twice: dict[tuple[str, str], list[str]] = {}
     for rule in rules:
-        for name in names:
-            if not rule.filter.matches(name):
+        for name, names in spelled.items():
+            if not rule.filter.matches(*names):
                 continue
             if (owner := owners.get(name)) is not None:
                 twice.setdefault((rule.position, owner.position), []).append(name)
@@ -38,12 +45,17 @@ def first_to_name(rules: Sequence[Rule], names: Sequence[str], what: str) -> tup
     return owners, warnings
 
 
-def why_float(name: str, rules: Sequence[LinearRule] | Sequence[AttentionRule]) -> str:
+def spellings(info: LinearInfo | AttentionInfo) -> tuple[str, ...]:
+    """The names that patterns are held against."""
+    return (info.name,) if info.name == info.prefix else (info.name, info.prefix)
+
+
+def why_float(info: LinearInfo | AttentionInfo, rules: Sequence[LinearRule] | Sequence[AttentionRule]) -> str:
     """Why no rule has it."""
     excluded = [
         f"spec.{rule.position}.exclude"
         for rule in rules
-        if rule.filter.exclude and NameFilter(rule.filter.exclude).matches(name)
+        if rule.filter.exclude and NameFilter(rule.filter.exclude).matches(*spellings(info))
     ]
     return f"excluded by {', '.join(excluded)}" if excluded else "named by no rule"
 

@@ -105,7 +105,7 @@ def memory_shares(
             Share("the work on it", working + _ROW_BLOCKS, device=True),
             waiting,
         ]
-    blocks = [unit for unit in model.units if unit.block is not None]
+    blocks = model.running
     loaded = [unit_bytes(model, unit) - _absent(model, unit, experts.get(unit.name, ())) for unit in blocks]
     itemsize = model.dtype.itemsize if model.dtype else 4
     phases: list[list[Share]] = [[]]

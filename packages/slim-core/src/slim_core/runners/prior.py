@@ -131,13 +131,13 @@ def _observe(
 ) -> tuple[dict[str, InputStatistics], int]:
     """What was seen of the inputs of the linears of a stage, and how many blocks were run for it."""
     seen: dict[str, InputStatistics] = {}
-    blocks = [unit for unit in model.units if unit.block is not None]
+    blocks = model.running
     tokens = stage.tokens
     progress.start(f"Learning ({stage.position})", dict.fromkeys((unit.name for unit in blocks), 1))
     with BlockForwards(model, inputs, device) as forwards:
-        forwards.start()
         for unit in blocks:
             progress.begin(unit.name)
+            forwards.reach(unit)
             observer = InputObserver()
             with loaded(model, unit, device, by_expert=by_expert):
                 for name in (name for name in tokens if name.startswith(f"{unit.name}.")):

@@ -90,14 +90,14 @@ def run_plan(
             bench = Bench(model, plan, writer, staging, result, by_unit, propagate == "quantized")
             if plan.needs_data and calibration is not None:
                 inputs = calibration()
-                result.samples = sum(_samples(batch) for batch in inputs)
                 quota = plan.experts.quota
                 extra = extra_calibration() if quota is not None and quota.extra.count else ()
-                result.extra_samples = sum(_samples(batch) for batch in extra)
                 forwards = BlockForwards(model, inputs, plan.devices.first, plan.streams, extra)
                 bench.forwards = stack.enter_context(forwards)
             with torch.no_grad():
                 _work_through(bench, progress)
+            if bench.forwards is not None:
+                result.samples, result.extra_samples = bench.forwards.given()
             writer.finish()
         if (text := starved_warning(result, plan.experts.quota)) is not None:
             _logger.warning("%s", text)
@@ -146,11 +146,6 @@ def _informed(
     return model
 
 
-def _samples(batch: Mapping[str, Any]) -> int:
-    """How many samples share a forward."""
-    return max((len(value) for value in batch.values() if isinstance(value, torch.Tensor) and value.dim()), default=1)
-
-
 def _recall(journal: Path, result: RunResult) -> None:
     """Take over what an interrupted run noted of the units it finished."""
     for note in map(json.loads, journal.read_text("utf-8").splitlines()):
@@ -161,8 +156,6 @@ def _recall(journal: Path, result: RunResult) -> None:
 
 def _work_through(bench: Bench, progress: Progress) -> None:
     model, plan, result = bench.model, bench.plan, bench.result
-    if bench.forwards is not None:
-        bench.forwards.start()
     _prefetch(bench, 0)
     for position, unit in enumerate(model.units):
         _prefetch(bench, position + 1)
@@ -170,7 +163,7 @@ def _work_through(bench: Bench, progress: Progress) -> None:
         began, before = time.monotonic(), result.counts()
         finished = unit.name in bench.staging.finished
         run = UnitRun(bench, unit, finished=finished)
-        if unit.block is not None and bench.forwards is not None:
+        if unit.stop is not None and bench.forwards is not None:
             run.calibrated(bench.forwards)
         else:
             run.without_data()

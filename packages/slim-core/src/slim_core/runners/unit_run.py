@@ -110,6 +110,7 @@ class UnitRun:
     def _calibrated(self, forwards: BlockForwards, on_call: ExpertsOnCall) -> None:
         bench, plan, unit = self._bench, self._bench.plan, self._unit
         device = plan.devices.first
+        forwards.reach(unit)
         bench.model.load((name for name in unit.parameters if name not in on_call.owners), device)
         works = self._write or bench.propagate_quantized
         fresh, again = (self._fresh(), self._fresh_states()) if works else ({}, frozenset[str]())
@@ -203,7 +204,8 @@ class UnitRun:
         for info in self._unit.linears:
             if needs := watched.requests.get(info.name):
                 observer.watch(info.name, model.module.get_submodule(info.name), needs)
-        seen = statistics_for(self._unit, plan.attentions, forwards.tokens(), watched.attention)
+        tokens = forwards.tokens() if self._unit.attentions else 0
+        seen = statistics_for(self._unit, plan.attentions, tokens, watched.attention)
         ranges = ranges_for(self._unit, watched.states)
         experts = self._watch_experts(forwards) if watched.experts else None
         with model.tapped(taps_of(seen, ranges)):
@@ -284,7 +286,7 @@ class UnitRun:
             bench.result.linears.append(LinearRecord(name, str(layer.kind), sqnr_db, low, high, tokens, seconds))
         if bench.propagate_quantized:
             self._layers[name] = layer
-        if bench.forwards is None or self._unit.block is None:
+        if bench.forwards is None or self._unit.stop is None:
             linear.weight.release()
         if seen is not None:
             self._waiting[id(seen)] -= 1

@@ -25,6 +25,11 @@ from slim_core.smoothing.scales import SmoothingNote
 
 HIDDEN, WIDE, DIM, EXPERTS = 16, 24, 4, 12
 UNIT = "layers.0"
+INT4: dict[str, Any] = {"dtype": "int4", "scope": "per_channel", "symmetric": True, "method": "ssz"}
+TOKEN: dict[str, Any] = {"dtype": "int8", "scope": "per_token", "symmetric": True, "method": "minmax"}
+FLEX: dict[str, Any] = {"type": "flex_smooth_quant"}
+SSZ: dict[str, Any] = {"type": "flex_awq_ssz", "qconfig": {"act": TOKEN, "weight": INT4}}
+AWQ: dict[str, Any] = {"type": "awq", "weight_qconfig": INT4}
 
 
 class MLP(nn.Module):
@@ -93,6 +98,8 @@ class Bench:
     statistics: dict[str, InputStatistics] = field(default_factory=dict[str, InputStatistics])
     notes: list[SmoothingNote] = field(default_factory=list[SmoothingNote])
     norm, ov, moe, ups = NORM, OV, MOE, UPS
+    flex, ssz, awq = FLEX, SSZ, AWQ
+    at = staticmethod(at)
 
     @staticmethod
     def inputs(tokens: int = 200, width: int = HIDDEN, seed: int = 0) -> Tensor:
@@ -153,3 +160,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> StreamedModel:
 @pytest.fixture
 def bench(model: StreamedModel) -> Bench:
     return Bench(model)
+
+
+@pytest.fixture(params=[FLEX, SSZ, AWQ], ids=lambda config: config["type"])
+def every_smoother(request: pytest.FixtureRequest) -> dict[str, Any]:
+    """The recipe of each smoother that searches, one after the other."""
+    return request.param

@@ -14,13 +14,6 @@ from slim_core.quantization.statistics import InputStatistics, Need
 Bench = Any  # of conftest.py
 
 UNIT = "layers.0"
-INT8: dict[str, Any] = {"dtype": "int8", "scope": "per_channel", "symmetric": True, "method": "minmax"}
-INT4 = INT8 | {"dtype": "int4", "method": "ssz"}
-TOKEN: dict[str, Any] = {"dtype": "int8", "scope": "per_token", "symmetric": True, "method": "minmax"}
-FLEX: dict[str, Any] = {"type": "flex_smooth_quant"}
-SSZ: dict[str, Any] = {"type": "flex_awq_ssz", "qconfig": {"act": TOKEN, "weight": INT4}}
-AWQ: dict[str, Any] = {"type": "awq", "weight_qconfig": INT4}
-ALL = [FLEX, SSZ, AWQ]
 
 
 class Struck(Exception):
@@ -28,24 +21,22 @@ class Struck(Exception):
 
 
 class TestBadInput:
-    @pytest.mark.parametrize("config", ALL)
-    def test_activations_that_are_not_finite(self, bench: Bench, config: dict[str, Any]) -> None:
+    def test_activations_that_are_not_finite(self, bench: Bench, every_smoother: dict[str, Any]) -> None:
         bench.see(bench.inputs(), "q", "k", "v")
         channels = bench.statistics[f"{UNIT}.q"].channels
         assert channels.maximum is not None
         assert channels.magnitude is not None
         channels.maximum[2], channels.magnitude[2] = math.inf, math.nan
         with pytest.raises(InvalidModelError, match=r"layers\.0\.q: its activations hold NaN or infinity"):
-            bench.smoothed(bench.norm, **config)
+            bench.smoothed(bench.norm, **every_smoother)
 
     def test_while_they_are_observed(self) -> None:
         seen = InputStatistics(frozenset({Need.TOKENS}))
         with pytest.raises(InvalidModelError, match="its activations hold NaN or infinity"):
             seen.update(torch.tensor([[1.0, math.nan]]))
 
-    @pytest.mark.parametrize("config", ALL)
     def test_a_failure_in_the_middle_leaves_the_subgraph_as_it_was(
-        self, bench: Bench, config: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+        self, bench: Bench, every_smoother: dict[str, Any], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         bench.see(bench.inputs(), "o")
         bench.see(bench.inputs(seed=1), "q", "k", "v")
@@ -69,14 +60,13 @@ class TestBadInput:
 
         monkeypatch.setattr(work.weights, "apply", struck)
         with pytest.raises(Struck):
-            bench.smoother(bench.ov, bench.norm, **config).process(work)
+            bench.smoother(bench.ov, bench.norm, **every_smoother).process(work)
         before = bench.work()
         assert not torch.equal(bench.weight(work, "o"), bench.weight(before, "o"))
         for name in ("norm", "q", "k"):
             assert torch.equal(bench.weight(work, name), bench.weight(before, name))
         assert work.statistics[f"{UNIT}.q"] is bench.statistics[f"{UNIT}.q"]
 
-    @pytest.mark.parametrize("config", ALL)
-    def test_nothing_to_smooth(self, bench: Bench, config: dict[str, Any]) -> None:
+    def test_nothing_to_smooth(self, bench: Bench, every_smoother: dict[str, Any]) -> None:
         with pytest.raises(UnsupportedError, match=r"spec\.process\[0\]: no subgraph of this model can be smoothed"):
-            bench.smoother(**config)
+            bench.smoother(**every_smoother)

@@ -17,25 +17,14 @@ from slim_core.smoothing.search import GRID, awq_scales, exponent_scale
 Bench = Any  # of conftest.py
 HIDDEN, DIM = 16, 4
 UNIT = "layers.0"
-INT8: dict[str, Any] = {"dtype": "int8", "scope": "per_channel", "symmetric": True, "method": "minmax"}
-INT4 = INT8 | {"dtype": "int4", "method": "ssz"}
-TOKEN: dict[str, Any] = {"dtype": "int8", "scope": "per_token", "symmetric": True, "method": "minmax"}
-FLEX: dict[str, Any] = {"type": "flex_smooth_quant"}
-SSZ: dict[str, Any] = {"type": "flex_awq_ssz", "qconfig": {"act": TOKEN, "weight": INT4}}
-AWQ: dict[str, Any] = {"type": "awq", "weight_qconfig": INT4}
-ALL = [FLEX, SSZ, AWQ]
 
 COLUMNS = torch.arange(HIDDEN)
-
-
-def at(*names: str) -> tuple[str, ...]:
-    return tuple(f"{UNIT}.{name}" for name in names)
 
 
 class TestChoice:
     def test_flex_takes_the_best_of_its_lines(self, bench: Bench) -> None:
         bench.see(x := bench.inputs(), "q", "k", "v")
-        before, after = bench.work(), bench.smoothed(bench.norm, **FLEX)
+        before, after = bench.work(), bench.smoothed(bench.norm, **bench.flex)
         (note,) = bench.notes
         stacked = torch.cat([bench.weight(before, name) for name in ("q", "k", "v")]).double()
         a, b = x.abs().amax(0), stacked.abs().amax(0).float()
@@ -71,7 +60,7 @@ class TestChoice:
 
     def test_flex_as_told(self, bench: Bench) -> None:
         bench.see(x := bench.inputs(), "o")
-        before, after = bench.work(), bench.smoothed(bench.ov, **FLEX | {"alpha": 0.75, "beta": 0.1})
+        before, after = bench.work(), bench.smoothed(bench.ov, **bench.flex | {"alpha": 0.75, "beta": 0.1})
         a, b = (
             bench.ov.gather(values, "amax") for values in (x.abs().amax(0), bench.weight(before, "o").abs().amax(0))
         )
@@ -87,7 +76,7 @@ class TestChoice:
         x[:, :DIM] *= 10
         bench.see(x, "o")
         before = bench.work()
-        bench.smoothed(bench.ov, **FLEX)
+        bench.smoothed(bench.ov, **bench.flex)
         (note,) = bench.notes
         w = bench.weight(before, "o")
         a, b = (bench.ov.gather(values, "amax") for values in (x.abs().amax(0), w.abs().amax(0)))
@@ -105,7 +94,7 @@ class TestChoice:
     def test_the_mean_input_makes_the_scale(self, bench: Bench, alpha: float | None) -> None:
         bench.see(x := bench.inputs(), "o")
         given = {} if alpha is None else {"alpha": alpha}
-        before, after = bench.work(), bench.smoothed(bench.ov, **SSZ | given)
+        before, after = bench.work(), bench.smoothed(bench.ov, **bench.ssz | given)
         (note,) = bench.notes
         assert note.alpha is not None
         mean = bench.ov.gather(x.abs().mean(0), "amax")
@@ -120,17 +109,17 @@ class TestChoice:
 
     def test_all_targets_take_part(self, bench: Bench) -> None:
         """Four of them, the last one the only one that has anything to lose."""
-        targets = at("q", "k", "experts.0.gate_proj", "experts.0.up_proj")
-        graph = Subgraph("norm-linear", *at("norm"), targets, COLUMNS)
+        targets = bench.at("q", "k", "experts.0.gate_proj", "experts.0.up_proj")
+        graph = Subgraph("norm-linear", *bench.at("norm"), targets, COLUMNS)
         bench.see(bench.inputs(), "q", "k", "experts.0.gate_proj", "experts.0.up_proj")
-        bench.smoothed(graph, **SSZ)
+        bench.smoothed(graph, **bench.ssz)
         whole = bench.notes.pop()
-        bench.smoothed(Subgraph("norm-linear", *at("norm"), targets[:2], COLUMNS), **SSZ)
+        bench.smoothed(Subgraph("norm-linear", *bench.at("norm"), targets[:2], COLUMNS), **bench.ssz)
         assert whole.error_before != pytest.approx(bench.notes.pop().error_before, rel=1e-3)
 
     def test_awq(self, bench: Bench) -> None:
         bench.see(x := bench.inputs(), "o")
-        before, after = bench.work(), bench.smoothed(bench.ov, **AWQ | {"n_grid": 8})
+        before, after = bench.work(), bench.smoothed(bench.ov, **bench.awq | {"n_grid": 8})
         (note,) = bench.notes
         assert note.ratio is not None
         assert note.ratio * 8 == round(note.ratio * 8)
@@ -144,29 +133,29 @@ class TestChoice:
 
     def test_awq_with_one_point_changes_nothing(self, bench: Bench) -> None:
         bench.see(bench.inputs(), "q", "k", "v")
-        before, after = bench.work(), bench.smoothed(bench.norm, **AWQ | {"n_grid": 1})
+        before, after = bench.work(), bench.smoothed(bench.norm, **bench.awq | {"n_grid": 1})
         for name in ("norm", "q", "k", "v"):
             assert torch.equal(bench.weight(after, name), bench.weight(before, name))
 
-    @pytest.mark.parametrize("config", ALL)
-    def test_what_others_know_of_the_inputs_follows(self, bench: Bench, config: dict[str, Any]) -> None:
+    def test_what_others_know_of_the_inputs_follows(self, bench: Bench, every_smoother: dict[str, Any]) -> None:
         bench.see(x := bench.inputs(), "q", "k", "v")
-        before, after = bench.work(), bench.smoothed(bench.norm, **config)
+        before, after = bench.work(), bench.smoothed(bench.norm, **every_smoother)
         scale = bench.scale_of(before, after, "q")
         largest = after.statistics[f"{UNIT}.k"].channels.absmax()
         assert largest is not None
         assert torch.allclose(largest, x.abs().amax(0) / scale, rtol=1e-3)
         assert after.statistics[f"{UNIT}.q"] is after.statistics[f"{UNIT}.v"]
 
-    @pytest.mark.parametrize("config", ALL)
-    def test_after_a_shift_the_mean_is_that_of_the_tokens_kept(self, bench: Bench, config: dict[str, Any]) -> None:
+    def test_after_a_shift_the_mean_is_that_of_the_tokens_kept(
+        self, bench: Bench, every_smoother: dict[str, Any]
+    ) -> None:
         bench.see(bench.inputs(), "o")
         work = bench.work()
-        work.rescale(at("o"), torch.ones(HIDDEN), torch.full((HIDDEN,), 0.5))
-        bench.smoother(bench.ov, **config).process(work)
+        work.rescale(bench.at("o"), torch.ones(HIDDEN), torch.full((HIDDEN,), 0.5))
+        bench.smoother(bench.ov, **every_smoother).process(work)
         other = type(bench)(bench.model)
         other.see(bench.inputs() - 0.5, "o")
-        other.smoothed(bench.ov, **config)
+        other.smoothed(bench.ov, **every_smoother)
         assert bench.notes[0].error_after == pytest.approx(other.notes[0].error_after, rel=1e-2)
         assert bench.notes[0].scale_max == pytest.approx(other.notes[0].scale_max, rel=1e-4)
 
@@ -180,7 +169,7 @@ def test_the_choice_does_not_depend_on_the_order_of_samples(bench: Bench) -> Non
         seen = InputStatistics(frozenset({Need.CHANNELS, Need.TOKENS}))
         for part in arranged(x).split(64):
             seen.update(part)
-        one.statistics = dict.fromkeys(at("q", "k", "v"), seen)
-        one.smoothed(bench.norm, **FLEX)
+        one.statistics = dict.fromkeys(bench.at("q", "k", "v"), seen)
+        one.smoothed(bench.norm, **bench.flex)
         notes += one.notes
     assert notes[0] == notes[1]

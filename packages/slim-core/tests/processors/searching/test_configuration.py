@@ -24,10 +24,6 @@ AWQ: dict[str, Any] = {"type": "awq", "weight_qconfig": INT4}
 ALL = [FLEX, SSZ, AWQ]
 
 
-def at(*names: str) -> tuple[str, ...]:
-    return tuple(f"{UNIT}.{name}" for name in names)
-
-
 def configured(**config: Any) -> ProcessorConfig:
     return recipe_from_dict({"apiversion": "modelslim_v1", "spec": {"process": [config]}}).spec().process[0]
 
@@ -132,10 +128,10 @@ class TestRequests:
         smoother = bench.smoother(bench.norm, bench.ov, bench.ups[0], **FLEX)
         wanted = smoother.requests(linears, {})
         assert {name for name, needs in wanted.items() if Need.TOKENS in needs} == {
-            *at("q", "o", "experts.0.down_proj")
+            *bench.at("q", "o", "experts.0.down_proj")
         }
         assert all(Need.CHANNELS in needs for needs in wanted.values())
-        assert set(wanted) == {*at("q", "k", "v", "o", "experts.0.down_proj")}
+        assert set(wanted) == {*bench.at("q", "k", "v", "o", "experts.0.down_proj")}
         assert smoother.working_bytes(linears, {}) > Smoother.working_bytes(smoother, linears, {})
 
     def test_of_many_experts_only_some_keep_tokens(self, bench: Bench) -> None:
@@ -150,5 +146,5 @@ class TestRequests:
         smoother = bench.smoother(bench.norm, **config)
         linears = [info for unit in bench.model.units for info in unit.linears]
         assert set(smoother.requests(linears, {}).values()) == {frozenset({Need.CHANNELS})}
-        changed = [info for info in linears if info.name in at("q", "k", "v")]
+        changed = [info for info in linears if info.name in bench.at("q", "k", "v")]
         assert smoother.working_bytes(linears, {}) == 4 * sum(info.in_features * info.out_features for info in changed)

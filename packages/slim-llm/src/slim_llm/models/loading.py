@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +17,36 @@ from slim_core.errors import InvalidModelError, UnsupportedError
 from slim_core.model.adapter import find_adapter
 from slim_core.model.skeleton import find_blocks, named_modules, parameters_on_meta
 from slim_core.model.units import StreamedModel
+from slim_llm.models.host import say_host
 from slim_llm.models.own_code import failure_of_own_code, uses_own_code
 
-__all__ = ["is_causal_lm", "open_model", "open_skeleton", "open_tokenizer", "read_config"]
+__all__ = ["CAUSAL_LM", "ModelKind", "open_model", "open_skeleton", "open_tokenizer", "read_config"]
+
+
+@dataclass(frozen=True)
+class ModelKind:
+    """A kind of transformers model.
+
+    Args:
+        what: what people call it.
+        auto_class: the class of transformers that builds it.
+        names: the table of transformers from ``model_type`` to its classes.
+        towers: dotted names of what runs as a whole ahead of the decoder blocks, given the model and their list's name.
+    """
+
+    what: str
+    auto_class: str
+    names: str
+    towers: Callable[[torch.nn.Module, str], tuple[str, ...]] = lambda _module, _blocks: ()
+
+    def knows(self, config: Mapping[str, Any]) -> bool:
+        """Whether transformers has a class of this kind for a configuration."""
+        from transformers.models.auto import modeling_auto
+
+        return str(config.get("model_type")) in getattr(modeling_auto, self.names)
+
+
+CAUSAL_LM = ModelKind("causal language model", "AutoModelForCausalLM", "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES")
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -49,7 +78,12 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def open_skeleton(
-    folder: Path, config: dict[str, Any], *, trust_remote_code: bool, default_dtype: torch.dtype | None = None
+    folder: Path,
+    config: dict[str, Any],
+    *,
+    trust_remote_code: bool,
+    default_dtype: torch.dtype | None = None,
+    kind: ModelKind = CAUSAL_LM,
 ) -> torch.nn.Module:
     """The model class with its parameters on ``meta``, in the dtype that the configuration names, or else the default.
 
@@ -60,18 +94,21 @@ def open_skeleton(
         UnsupportedError: transformers does not know this ``model_type``, or its experts have an unknown structure.
         InvalidModelError: the configuration does not make a model, or the model's own code is missing or fails.
     """
+    import transformers
     from huggingface_hub.errors import StrictDataclassError
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     from slim_llm.models.conversions import expert_spelling
     from slim_llm.models.experts import take_experts_apart
 
     refusals = (ValueError, KeyError, TypeError, OSError, ImportError, AttributeError, RuntimeError, ZeroDivisionError)
-    known = is_causal_lm(config)
-    own_code = uses_own_code(folder, config, trusted=trust_remote_code, known=known)
+    known = kind.knows(config)
+    own_code = uses_own_code(
+        folder, config, auto_class=kind.auto_class, what=kind.what, trusted=trust_remote_code, known=known
+    )
     if not known and not own_code:
         raise UnsupportedError(
-            f"this transformers does not know model_type {config.get('model_type')!r}",
+            f"this transformers does not know model_type {config.get('model_type')!r} as a {kind.what}",
             where=str(folder / "config.json"),
             remedy="upgrade transformers, or check the file",
         )
@@ -81,7 +118,9 @@ def open_skeleton(
             delattr(parsed, "quantization_config")  # weights are decoded while they are read
         dtype = parsed.dtype or default_dtype
         with parameters_on_meta():
-            module = AutoModelForCausalLM.from_config(parsed, trust_remote_code=trust_remote_code, dtype=dtype)
+            module = getattr(transformers, kind.auto_class).from_config(
+                parsed, trust_remote_code=trust_remote_code, dtype=dtype
+            )
     except (Exception, SystemExit) as error:
         if own_code:
             raise failure_of_own_code(folder, error) from error
@@ -96,15 +135,8 @@ def open_skeleton(
     return module
 
 
-def is_causal_lm(config: dict[str, Any]) -> bool:
-    """Whether transformers has a causal language model for this configuration."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-    return str(config.get("model_type")) in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-
-def open_model(folder: Path, *, trust_remote_code: bool = False) -> StreamedModel:
-    """A causal language model ready to be streamed.
+def open_model(folder: Path, *, trust_remote_code: bool = False, kind: ModelKind = CAUSAL_LM) -> StreamedModel:
+    """A model ready to be streamed.
 
     Raises:
         SlimError: see :func:`open_skeleton`, :class:`Checkpoint` and :class:`StreamedModel`.
@@ -128,7 +160,9 @@ def open_model(folder: Path, *, trust_remote_code: bool = False) -> StreamedMode
     source: TensorSource = Checkpoint(folder)
     if block is not None:
         source = Fp8BlockSource(source, block)
-    module = open_skeleton(folder, config, trust_remote_code=trust_remote_code, default_dtype=_main_dtype(source))
+    module = open_skeleton(
+        folder, config, trust_remote_code=trust_remote_code, default_dtype=_main_dtype(source), kind=kind
+    )
     adapter = find_adapter(str(config.get("model_type")))
     source, names, joined = locate(module, source, str(folder))
 
@@ -137,6 +171,9 @@ def open_model(folder: Path, *, trust_remote_code: bool = False) -> StreamedMode
 
     attention = Attentions(module, tensor_name)
     blocks = adapter.blocks or _find_blocks(module)
+    towers = kind.towers(module, blocks) if adapter.towers is None else adapter.towers
+    if towers:
+        say_host(module, [*towers, blocks])
     return StreamedModel(
         module,
         source,
@@ -148,6 +185,7 @@ def open_model(folder: Path, *, trust_remote_code: bool = False) -> StreamedMode
         joined=joined,
         subgraphs=adapter.subgraphs,
         unsmoothed=adapter.unsmoothed,
+        towers=towers,
     )
 
 

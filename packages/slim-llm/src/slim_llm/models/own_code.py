@@ -11,22 +11,26 @@ from slim_core.errors import InvalidModelError, SecurityError, UnsupportedError
 
 __all__ = ["failure_of_own_code", "uses_own_code"]
 
-_CONFIG, _MODEL = "AutoConfig", "AutoModelForCausalLM"
+_CONFIG = "AutoConfig"
 _REFERENCE = re.compile(r"([\w-]+)\.(\w+)")
 
 
-def uses_own_code(folder: Path, config: dict[str, Any], *, trusted: bool, known: bool) -> bool:
+def uses_own_code(
+    folder: Path, config: dict[str, Any], *, auto_class: str, what: str, trusted: bool, known: bool
+) -> bool:
     """Whether transformers will run code of the model folder.
 
     Args:
         config: the content of ``config.json``.
+        auto_class: under which ``auto_map`` names the model class.
+        what: such a model is called.
         trusted: ``--trust_remote_code``.
         known: transformers has a class for this model as well, which serves where the code is not trusted.
 
     Raises:
         SecurityError: the code is needed and not trusted, or lies in another repository.
         InvalidModelError: ``auto_map`` is malformed, or the code that it names is not there.
-        UnsupportedError: the code has no causal language model.
+        UnsupportedError: the code has no such model.
     """
     named: Any = config.get("auto_map")
     if not named or (known and not trusted):
@@ -41,16 +45,16 @@ def uses_own_code(folder: Path, config: dict[str, Any], *, trusted: bool, known:
     if not isinstance(named, dict):
         raise InvalidModelError(f"auto_map is no object, but {named!r:.100}", where=where, remedy="download it again")
     references = cast("dict[str, Any]", named)
-    for name in (_CONFIG, _MODEL):
+    for name in (_CONFIG, auto_class):
         if name in references:
             _check_reference(folder, name, references[name], known=known)
-    if not known and _MODEL not in references:
+    if not known and auto_class not in references:
         raise UnsupportedError(
-            f"the code of this model has no causal language model: auto_map does not name {_MODEL}",
+            f"the code of this model has no {what}: auto_map does not name {auto_class}",
             where=where,
-            remedy="only causal language models can be quantized; check the file if this is one",
+            remedy=f"only {what}s can be quantized by this kind of recipe; check the file if this is one",
         )
-    return _CONFIG in references or _MODEL in references
+    return _CONFIG in references or auto_class in references
 
 
 def _check_reference(folder: Path, name: str, reference: Any, *, known: bool) -> None:

@@ -39,6 +39,6 @@ def load_registry(path: Path = REGISTRY) -> Mapping[str, str]:
     return MappingProxyType(pedigrees)
 
 
-def pedigree_of(model_type: str) -> str:
+def pedigree_of(model_type: str, path: Path = REGISTRY) -> str:
     """Pedigree of a model type, case-sensitive; ``default`` for one that the registry does not know."""
-    return load_registry().get(model_type, UNKNOWN_PEDIGREE)
+    return load_registry(path).get(model_type, UNKNOWN_PEDIGREE)

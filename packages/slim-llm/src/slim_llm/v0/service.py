@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from slim_core.migration import Migration
     from slim_core.progress import Progress
     from slim_core.recipe import Recipe
+    from slim_core.recipe.base import StrictModel
     from slim_core.runners.plan import Plan
     from slim_core.runners.run import RunResult
     from slim_core.service import EvalRequest, QuantRequest
@@ -35,7 +36,12 @@ class LegacyService:
     def pedigree(self, model_type: str) -> str | None:
         return None
 
-    def handles(self, model_path: Path) -> bool:
+    def spec_type(self) -> type[StrictModel]:
+        from slim_llm.v0.schema import SpecV0
+
+        return SpecV0
+
+    def handles(self, model_path: Path, *, images: bool = False) -> bool:
         return False
 
     def migrate(self, recipe: Recipe) -> Migration:
@@ -60,7 +66,7 @@ class LegacyService:
             return quantize(request, migration.recipe, progress, on_plan, remarks=_remarks(recipe, migration))
 
     def evaluate(self, request: EvalRequest, progress: Progress) -> EvalResult:
-        from slim_llm.quantize import score
+        from slim_llm.score import score
 
         return score(request, progress)
 

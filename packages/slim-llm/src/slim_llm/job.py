@@ -1,0 +1,178 @@
+"""One quantization run: what planning and running share, whatever the kind of model and what it is calibrated on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from slim_core.checkpoint.staging import check_target
+from slim_core.devices import Devices, resolve_devices
+from slim_core.evaluation.report import write_report
+from slim_core.fingerprint import fingerprint
+from slim_core.model.units import StreamedModel
+from slim_core.progress import Progress
+from slim_core.recipe import Recipe, SpecV1, dump_recipe
+from slim_core.recipe.schema import DatasetConfig
+from slim_core.runners.plan import Plan, make_plan
+from slim_core.runners.plan_experts import ExtraSamples
+from slim_core.runners.run import RunResult, run_plan
+from slim_core.savers.side_files import write_text
+from slim_core.service import QuantRequest
+
+__all__ = ["Inputs", "Job", "Remarks", "Samples"]
+
+Inputs = Sequence[Mapping[str, Any]]
+"""Keyword arguments of the model for each forward."""
+
+Remarks = Callable[[Plan], list[str]]
+"""Warnings about a plan that only the caller knows of."""
+
+
+class Samples(Protocol):
+    """Where the samples of a recipe's calibration sets come from."""
+
+    def inputs(self, dataset: DatasetConfig) -> Inputs:
+        """What a calibration set makes; each sample may be made when it is asked for."""
+        ...
+
+    def extra(self, dataset: DatasetConfig) -> Inputs:
+        """The same of its extra samples, for experts that too few tokens reach."""
+        ...
+
+    def tokens(self, dataset: DatasetConfig) -> list[int]:
+        """How many tokens each forward has."""
+        ...
+
+    def extra_tokens(self, dataset: DatasetConfig) -> list[tuple[int, int]]:
+        """How many samples and tokens each forward of the extra ones has."""
+        ...
+
+    def identity(self, dataset: DatasetConfig, *, extra: bool = False) -> Any:
+        """Plain data that is different for different samples."""
+        ...
+
+    def example(self) -> dict[str, Any]:
+        """Keyword arguments of the model for one short sample, always the same one."""
+        ...
+
+
+@dataclass
+class Job:
+    """A request and its recipe; each part of the rest is made when it is first needed.
+
+    Args:
+        spec: the recipe's, typed.
+        open_model: opens the model of the request.
+        samples_of: gives the samples for that model.
+        remarks: gives warnings to put before those of the plan.
+    """
+
+    request: QuantRequest
+    recipe: Recipe
+    spec: SpecV1
+    open_model: Callable[[], StreamedModel]
+    samples_of: Callable[[StreamedModel], Samples]
+    remarks: Remarks | None = None
+
+    @cached_property
+    def devices(self) -> Devices:
+        return resolve_devices(self.request.device, explicit="device" in self.request.model_fields_set)
+
+    @cached_property
+    def model(self) -> StreamedModel:
+        return self.open_model()
+
+    @cached_property
+    def samples(self) -> Samples:
+        return self.samples_of(self.model)
+
+    @cached_property
+    def plan(self) -> Plan:
+        """The plan of the run.
+
+        Reads the recipe, the model's headers and, if they are needed, the calibration set and one block of every kind.
+        """
+        dataset = self.spec.dataset
+        plan = make_plan(
+            self.model,
+            self.spec,
+            self.devices,
+            activation_bytes=lambda: self._activation_bytes(dataset),
+            largest_forward=lambda: max(self.samples.tokens(dataset)),
+            stage_bytes=self._activation_bytes,
+            extra_samples=self._extra_samples,
+            example=lambda: self.samples.example(),
+            force=self.request.force,
+            budget=self.request.memory_budget,
+        )
+        if self.remarks is not None:
+            plan.warnings[:0] = self.remarks(plan)
+        return plan
+
+    def _activation_bytes(self, dataset: DatasetConfig) -> int:
+        return sum(self.samples.tokens(dataset)) * token_bytes(self.model)
+
+    def _extra_samples(self) -> ExtraSamples:
+        batches = self.samples.extra_tokens(self.spec.dataset)
+        tokens = sum(tokens for _, tokens in batches)
+        return ExtraSamples(sum(count for count, _ in batches), tokens * token_bytes(self.model))
+
+    def _identity(self) -> list[Any]:
+        """Everything that is calibrated on."""
+        main = self.spec.dataset
+        datasets = [stage.dataset for stage in self.plan.stages] + [main] * self.plan.needs_data
+        quota = self.plan.experts.quota
+        extra = [self.samples.identity(main, extra=True)] if quota is not None and quota.extra.count else []
+        return [*(self.samples.identity(dataset) for dataset in datasets), *extra]
+
+    def run(self, progress: Progress, on_plan: Callable[[Plan], None] | None = None) -> RunResult:
+        """Carry out the recipe; ``on_plan`` is shown the plan before that begins.
+
+        Raises:
+            SlimError: whatever stands in the way; nothing at ``save_path`` has changed then.
+        """
+        request = self.request
+        check_target(request.save_path, request.model_path, request.overwrite)
+        if on_plan is not None:
+            on_plan(self.plan)
+        effective = dump_recipe(self.recipe, self.spec)
+
+        def finish(folder: Path, result: RunResult) -> None:
+            write_text(folder / f"{_safe_name(request.model_type)}_best_practice.yaml", effective)
+            write_report(folder, self.plan, result, title=request.model_type, debug=request.debug)
+
+        origin = [self._identity(), self.devices.kind]
+        return run_plan(
+            self.plan,
+            request.save_path,
+            fingerprint=fingerprint(request.model_path, self.model.source, effective, origin),
+            progress=progress,
+            calibration=lambda: self.samples.inputs(self.spec.dataset),
+            extra_calibration=lambda: self.samples.extra(self.spec.dataset),
+            stage_calibration=self.samples.inputs,
+            propagate=self.spec.propagate,
+            resume=request.resume,
+            finish=finish,
+        )
+
+
+def token_bytes(model: StreamedModel) -> int:
+    """Bytes that one token keeps while its sample waits between two blocks.
+
+    Its hidden state, the embedding that the model's forward began with and still holds, and the rotary tables.
+    """
+    text = model.config.get("text_config") or model.config
+    hidden = int(text.get("hidden_size") or text.get("n_embd") or text.get("d_model") or 0)
+    heads = int(text.get("num_attention_heads") or 0)
+    rotated = int(text.get("qk_rope_head_dim") or text.get("head_dim") or (hidden // heads if heads else 0))
+    return 2 * (hidden + rotated) * (model.dtype or torch.float32).itemsize
+
+
+def _safe_name(model_type: str) -> str:
+    """A model type as part of a file name."""
+    return "".join(c if c.isalnum() or c in "._-" else "_" for c in model_type)

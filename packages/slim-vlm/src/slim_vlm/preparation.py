@@ -1,0 +1,93 @@
+"""What a model's own processor makes of a picture and a prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cached_property
+from typing import Any
+
+from PIL import Image
+
+from slim_core.errors import InvalidDatasetError, SlimError
+from slim_core.model.tower_inputs import TowerInputs
+from slim_core.model.units import StreamedModel
+from slim_llm.vocabulary import check_token_ids
+from slim_vlm.dataset import ImageSample
+from slim_vlm.images import open_image
+from slim_vlm.processor import open_processor
+
+__all__ = ["Preparation", "conversation"]
+
+_PIXELS = "pixel_values"
+
+
+def conversation(sample: ImageSample, image: Any) -> list[dict[str, Any]]:
+    """The chat of a sample: one message of the user, the picture and then the prompt."""
+    content = [{"type": "image", "image": image}, {"type": "text", "text": sample.text}]
+    return [{"role": "user", "content": content}]
+
+
+class Preparation:
+    """Makes the inputs of a model from samples, with the processor that lies in the model folder."""
+
+    def __init__(self, model: StreamedModel, *, trust_remote_code: bool = False) -> None:
+        self._model = model
+        self._trust = trust_remote_code
+
+    @cached_property
+    def processor(self) -> Any:
+        return open_processor(self._model.folder, trust_remote_code=self._trust)
+
+    def inputs(self, sample: ImageSample) -> TowerInputs:
+        """Keyword arguments of the model for one forward.
+
+        Raises:
+            InvalidDatasetError: the picture cannot be opened, or the processor refuses the sample.
+            InvalidModelError: the processor gives ids that the model does not know.
+        """
+        made = self.encoded(sample, conversation(sample, open_image(sample)), add_generation_prompt=True)
+        return self.forward_inputs(made)
+
+    def forward_inputs(self, made: Mapping[str, Any]) -> TowerInputs:
+        """What a processor made, for a forward that keeps no cache."""
+        pixels = [name for name in made if name.startswith(_PIXELS)]
+        return TowerInputs({**made, "use_cache": False}, pixels)
+
+    def encoded(self, sample: ImageSample, chat: list[dict[str, Any]], **options: Any) -> dict[str, Any]:
+        """What the processor makes of a chat: token ids and what belongs to its images."""
+        try:
+            made = self.processor.apply_chat_template(
+                chat, tokenize=True, return_dict=True, return_tensors="pt", **options
+            )
+        except SlimError:
+            raise
+        except Exception as error:  # templates and processors raise whatever they like
+            raise InvalidDatasetError(
+                f"the model's processor refuses the sample: {type(error).__name__}: {error}",
+                where=sample.where,
+                remedy="change the picture or the prompt, or check the processor files of the model",
+            ) from error
+        check_token_ids(self._model, [made])
+        if not any(name.startswith(_PIXELS) for name in made):
+            raise InvalidDatasetError(
+                f"the model's processor makes no pixels of the picture, but only {', '.join(made)}",
+                where=sample.where,
+                remedy="check the chat template of the model: it must have a place for images",
+            )
+        return dict(made)
+
+    def example(self) -> dict[str, Any]:
+        """Keyword arguments of the model for a small picture, always the same one."""
+        picture = Image.linear_gradient("L").resize((64, 96)).convert("RGB")
+        chat = [{"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", "text": "What?"}]}]
+        sample = ImageSample(str(self._model.folder), self._model.folder, "What?")
+        return {**self.encoded(sample, chat, add_generation_prompt=True), "use_cache": False}
+
+    def image_tokens(self, size: tuple[int, int]) -> int:
+        """How many tokens the processor makes of a picture of this width and height, by its own account."""
+        width, height = size
+        counted = self.processor._get_num_multimodal_tokens(image_sizes=[(height, width)])
+        return int(counted["num_image_tokens"][0])
+
+    def text_tokens(self, text: str) -> int:
+        return len(self.processor.tokenizer(text)["input_ids"])

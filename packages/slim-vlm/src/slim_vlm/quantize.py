@@ -1,0 +1,28 @@
+"""Planning and running of ``multimodal_vlm_modelslim_v1``: from a request to a finished folder."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from slim_core.recipe import Recipe
+from slim_core.service import QuantRequest
+from slim_llm.job import Job
+from slim_vlm.inputs import ImageSamples
+from slim_vlm.models import open_vlm
+from slim_vlm.recipe import read_spec
+
+__all__ = ["job"]
+
+
+def job(request: QuantRequest, recipe: Recipe) -> Job:
+    """The run that a request and its recipe ask for.
+
+    Raises:
+        SchemaValidateError: the recipe is invalid.
+    """
+    spec, warnings = read_spec(recipe)
+    trust = request.trust_remote_code
+
+    model = partial(open_vlm, request.model_path, trust_remote_code=trust)
+    samples = partial(ImageSamples, spec.default_text, trust)
+    return Job(request, recipe, spec, model, samples, remarks=lambda _plan: warnings)
