@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -51,3 +52,70 @@ def vlm_folder(tmp_path_factory: pytest.TempPathFactory, tiny_vlms: ModuleType) 
         return made[key]
 
     return folder
+
+
+@pytest.fixture(scope="session")
+def naive() -> ModuleType:
+    """The independent reader of written folders that slim-llm's tests have."""
+    path = Path(__file__).parents[2] / "slim-llm" / "tests" / "naive.py"
+    spec = importlib.util.spec_from_file_location("naive_reader", path)
+    assert spec is not None
+    assert spec.loader is not None
+    sys.modules["naive_reader"] = module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory: pytest.TempPathFactory, tiny_processors: ModuleType) -> Path:
+    """A set of three pictures of different sizes, with prompts and answers."""
+    folder = tmp_path_factory.mktemp("pictures")
+    lines: list[str] = []
+    for number, (width, height) in enumerate([(40, 56), (96, 32), (64, 64)]):
+        tiny_processors.picture(width, height, number).save(folder / f"{number}.png")
+        line = {"image": f"{number}.png", "text": f"What is it, number {number}?", "answer": "A few colours in a row."}
+        lines.append(json.dumps(line))
+    (folder / "list.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return folder
+
+
+WEIGHT = {"dtype": "int8", "scope": "per_channel", "symmetric": True, "method": "minmax"}
+STATIC = {"dtype": "int8", "scope": "per_tensor", "symmetric": False, "method": "minmax"}
+DYNAMIC = {"dtype": "int8", "scope": "per_token", "symmetric": True, "method": "minmax"}
+
+
+@pytest.fixture(scope="session")
+def rules() -> dict[str, Any]:
+    """Processors: everything but experts static, experts dynamic, everything dynamic."""
+    return {
+        "static": {
+            "type": "linear_quant",
+            "qconfig": {"act": STATIC, "weight": WEIGHT},
+            "exclude": ["*experts*"],
+        },
+        "experts": {
+            "type": "linear_quant",
+            "qconfig": {"act": DYNAMIC, "weight": WEIGHT},
+            "include": ["*experts*"],
+        },
+        "dynamic": {"type": "linear_quant", "qconfig": {"act": DYNAMIC, "weight": WEIGHT}},
+    }
+
+
+@pytest.fixture
+def quantize(pictures: Path) -> Callable[..., Any]:
+    """``quantize(model, target, process=[...], **spec)``: run a recipe through the service; gives its outcome."""
+    from slim_core.progress import SilentProgress
+    from slim_core.recipe import recipe_from_dict
+    from slim_core.service import QuantRequest
+    from slim_vlm.service import VlmService
+
+    def run(model: Path, target: Path, *, process: list[Any], options: Any = None, **spec: Any) -> Any:
+        request = QuantRequest(
+            model_path=model, save_path=target, model_type="tiny", device="cpu", force=True, **(options or {})
+        )
+        spec = {"dataset": str(pictures), **spec, "process": process}
+        recipe = recipe_from_dict({"apiversion": "multimodal_vlm_modelslim_v1", "spec": spec})
+        return VlmService().quantize(request, recipe, SilentProgress())
+
+    return run

@@ -1,4 +1,4 @@
-"""The commands themselves, without their argument parser: ``slim`` and ``python -m slim_llm`` both end here."""
+"""The commands themselves, without their argument parser: ``slim`` and :mod:`slim_core.plain_command` end here."""
 
 from __future__ import annotations
 
@@ -158,7 +158,10 @@ def effective_recipe(path: Path) -> str:
         for warning in (migration.notice(), *migration.approximations):
             _logger.warning("%s", warning)
         return dump_recipe(migration.recipe)
-    return dump_recipe(recipe, recipe.spec(service.spec_type()))
+    spec = recipe.spec(service.spec_type())
+    for warning in recipe.placed(spec.warnings()):
+        _logger.warning("%s", warning)
+    return dump_recipe(recipe, spec)
 
 
 def migrate_recipe(path: Path, output: Path | None = None) -> None:

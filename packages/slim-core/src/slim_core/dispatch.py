@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 
 from slim_core.errors import EnvError, SchemaValidateError, SlimError, UnsupportedError
@@ -34,8 +35,14 @@ def _services() -> list[Service]:
     return services
 
 
-def match_practice(model_type: str, quant_type: str | None, tags: Sequence[str] = ()) -> Selection:
+def match_practice(
+    model_type: str, quant_type: str | None, tags: Sequence[str] = (), model_path: Path | None = None
+) -> Selection:
     """The practice that the library has for a model type, by the rules of :meth:`PracticeLibrary.select`.
+
+    Args:
+        model_path: the folder of the model. Where the library has but fall-backs, one is chosen that can take it; without
+            the folder it is the one for language models.
 
     Raises:
         SchemaValidateError, UnsupportedError: as there.
@@ -46,10 +53,26 @@ def match_practice(model_type: str, quant_type: str | None, tags: Sequence[str] 
         )
     pedigree = next(filter(None, (service.pedigree(model_type) for service in _services())), DEFAULT_PEDIGREE)
     library = open_library()
-    selection = library.select(pedigree, model_type, quant_type, tags)
+    takes = _takes(model_path) if model_path is not None else None
+    selection = library.select(pedigree, model_type, quant_type, tags, takes)
     for warning in library.warnings:
         _logger.warning("%s", warning)
     return selection
+
+
+def _takes(model_path: Path) -> Callable[[str], bool]:
+    """Tells whether the service of an ``apiversion`` takes the model in a folder."""
+    services = {service.apiversion: service for service in _services()}
+
+    @cache
+    def takes(apiversion: str) -> bool:
+        try:
+            return apiversion in services and services[apiversion].handles(model_path)
+        except SlimError as error:  # a folder that cannot be read is for the run to complain of
+            _logger.debug("%s", error)
+            return False
+
+    return takes
 
 
 def service_for(model_path: Path, *, images: bool = False) -> Service:
@@ -68,10 +91,11 @@ def service_for(model_path: Path, *, images: bool = False) -> Service:
                 return service
         except SlimError as error:
             refusal = refusal or error
+    remedy = f"pip install {'slim-vlm' if images else 'slim-llm, slim-vlm or slim-sd'}, or upgrade what is installed"
     raise refusal or UnsupportedError(
         f"no installed package can score this kind of model{' on images' if images else ''}",
         where=str(model_path),
-        remedy=f"pip install {'slim-vlm' if images else 'slim-llm, slim-vlm or slim-sd'}, or upgrade what is installed",
+        remedy=f"{'score language models with --text; else ' if images else ''}{remedy}",
     )
 
 
@@ -92,7 +116,7 @@ def choose_recipe(request: QuantRequest, ask: AskUser) -> tuple[Recipe, Service]
             )
         recipe = load_recipe(request.config_path)
         return recipe, find_service(recipe.apiversion, where=f"{request.config_path}: apiversion")
-    selection = match_practice(request.model_type, request.quant_type, request.tag)
+    selection = match_practice(request.model_type, request.quant_type, request.tag, request.model_path)
     if selection.question and not request.yes and not ask(selection.question):
         raise UnsupportedError(
             "no practice was chosen", remedy="give a recipe with --config_path, or another --quant_type"

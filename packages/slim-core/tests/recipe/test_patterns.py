@@ -78,6 +78,15 @@ def test_unmatched_patterns_are_named_with_their_side():
     assert NameFilter(include=("a",)).unmatched([]) == [("include", "a")]
 
 
+def test_one_of_two_names_is_enough_to_be_included_and_to_be_excluded():
+    both = ("model.visual.blocks.0.attn", "visual.blocks.0.attn")
+    assert NameFilter(("visual.*",)).matches(*both)
+    assert NameFilter(("model.visual.*",)).matches(*both)
+    assert not NameFilter(("*",), ("visual.*",)).matches(*both)
+    assert not NameFilter(("visual.*",), ("model.*",)).matches(*both)
+    assert not NameFilter(("text.*",)).matches(*both)
+
+
 @given(st.text("ab.[]{}*?!^-,\\", min_size=1, max_size=8), st.text("ab.[]{}*?!^-,\\", max_size=8))
 def test_an_escaped_name_matches_itself_only(name, other):
     pattern = compile_pattern(escape_pattern(name))

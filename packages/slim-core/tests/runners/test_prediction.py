@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -19,7 +20,7 @@ from slim_core.processors.linear_quant import LinearQuant, LinearQuantConfig
 from slim_core.quantization.kinds import LayerForm, LayerKind
 from slim_core.quantization.statistics import Need
 from slim_core.runners.choice import RunnerChoice
-from slim_core.runners.prediction import Calibration, memory_shares
+from slim_core.runners.prediction import Calibration, TowerLoad, memory_shares
 
 HIDDEN, INNER = 2048, 8192
 SHAPES = {
@@ -221,3 +222,25 @@ class Reshapes(Processor):
 
     def working_bytes(self, linears: Any, assignments: Any) -> int:
         return 4 * sum(info.in_features * info.out_features for info in linears)
+
+
+def test_images_wait_ahead_of_a_tower_and_nowhere_else() -> None:
+    source = model()
+    tower = replace(source.units[0], name="tower", block=None, stop=0)
+    seeing = cast("StreamedModel", SimpleNamespace(**{**vars(source), "units": [tower], "running": [tower]}))
+    load = TowerLoad(tokens=4096, largest=3 << 20, total=90 << 20)
+    once, twice = Calibration(0, runs_again=False, towers=load), Calibration(0, towers=load)
+
+    def images(calibration: Calibration, of: StreamedModel) -> int:
+        shares = memory_shares(of, LAYER_WISE, [], {}, {}, calibration)
+        return sum(share.nbytes for share in shares if "images" in share.what)
+
+    assert images(once, seeing) == 4 * (3 << 20)
+    assert images(twice, seeing) == 90 << 20
+    assert images(twice, source) == 0
+    few = replace(once, towers=replace(load, tokens=2048))
+    inside = [
+        next(share.nbytes for share in memory_shares(seeing, LAYER_WISE, [], {}, {}, one) if "inside" in share.what)
+        for one in (once, few)
+    ]
+    assert inside[0] > inside[1]

@@ -20,6 +20,7 @@ from slim_core.recipe import Recipe, SpecV1, dump_recipe
 from slim_core.recipe.schema import DatasetConfig
 from slim_core.runners.plan import Plan, make_plan
 from slim_core.runners.plan_experts import ExtraSamples
+from slim_core.runners.prediction import TowerLoad
 from slim_core.runners.run import RunResult, run_plan
 from slim_core.savers.side_files import write_text
 from slim_core.service import QuantRequest
@@ -50,6 +51,10 @@ class Samples(Protocol):
 
     def extra_tokens(self, dataset: DatasetConfig) -> list[tuple[int, int]]:
         """How many samples and tokens each forward of the extra ones has."""
+        ...
+
+    def tower_load(self, dataset: DatasetConfig) -> TowerLoad:
+        """What runs through the towers of the model."""
         ...
 
     def identity(self, dataset: DatasetConfig, *, extra: bool = False) -> Any:
@@ -105,6 +110,7 @@ class Job:
             activation_bytes=lambda: self._activation_bytes(dataset),
             largest_forward=lambda: max(self.samples.tokens(dataset)),
             stage_bytes=self._activation_bytes,
+            tower_load=lambda dataset: self.samples.tower_load(dataset),
             extra_samples=self._extra_samples,
             example=lambda: self.samples.example(),
             force=self.request.force,
@@ -164,13 +170,15 @@ class Job:
 def token_bytes(model: StreamedModel) -> int:
     """Bytes that one token keeps while its sample waits between two blocks.
 
-    Its hidden state, the embedding that the model's forward began with and still holds, and the rotary tables.
+    Its hidden state, the embedding that the model's forward began with and still holds, the rotary tables, and what an
+    image brings into later blocks (deepstack).
     """
     text = model.config.get("text_config") or model.config
     hidden = int(text.get("hidden_size") or text.get("n_embd") or text.get("d_model") or 0)
     heads = int(text.get("num_attention_heads") or 0)
     rotated = int(text.get("qk_rope_head_dim") or text.get("head_dim") or (hidden // heads if heads else 0))
-    return 2 * (hidden + rotated) * (model.dtype or torch.float32).itemsize
+    later = len((model.config.get("vision_config") or {}).get("deepstack_visual_indexes") or ())
+    return (2 * (hidden + rotated) + later * hidden) * (model.dtype or torch.float32).itemsize
 
 
 def _safe_name(model_type: str) -> str:

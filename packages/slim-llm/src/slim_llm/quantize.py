@@ -11,6 +11,7 @@ from slim_core.progress import Progress
 from slim_core.recipe import Recipe
 from slim_core.recipe.schema import DatasetConfig
 from slim_core.runners.plan import Plan
+from slim_core.runners.prediction import TowerLoad
 from slim_core.runners.run import RunResult
 from slim_core.service import QuantRequest
 from slim_llm.calibration import find_dataset, read_samples, tokenize, tokenize_extra
@@ -57,6 +58,9 @@ class TextSamples:
 
     def extra_tokens(self, dataset: DatasetConfig) -> list[tuple[int, int]]:
         return [(len(inputs["input_ids"]), inputs["input_ids"].numel()) for inputs in self.extra(dataset)]
+
+    def tower_load(self, dataset: DatasetConfig) -> TowerLoad:
+        return TowerLoad()
 
     def identity(self, dataset: DatasetConfig, *, extra: bool = False) -> Any:
         return [inputs["input_ids"].tolist() for inputs in self._inputs(dataset, extra=extra)]

@@ -14,6 +14,7 @@ import torch
 from slim_core.model.tower_inputs import TowerInputs
 from slim_core.model.units import StreamedModel
 from slim_core.recipe.schema import DatasetConfig
+from slim_core.runners.prediction import TowerLoad
 from slim_llm.vocabulary import example_input
 from slim_vlm.dataset import ImageSample, find_dataset, read_samples
 from slim_vlm.images import check_images
@@ -55,6 +56,7 @@ class ImageSamples:
         self._preparation = Preparation(model, trust_remote_code=trust_remote_code)
         self._read: dict[str, tuple[list[ImageSample], list[tuple[int, int]]]] = {}
         self._counted: dict[DatasetConfig, list[int]] = {}
+        self._loads: dict[DatasetConfig, TowerLoad] = {}
 
     def _all(self, dataset: DatasetConfig) -> tuple[list[ImageSample], list[tuple[int, int]]]:
         """The samples of a set, and the sizes of their pictures, all of which were opened once."""
@@ -79,10 +81,18 @@ class ImageSamples:
             images = [self._preparation.image_tokens(size) for size in sizes]
             texts = [self._preparation.text_tokens(sample.text) for sample in samples]
             largest = max(range(len(samples)), key=lambda i: images[i] + texts[i])
-            exact = self._preparation.inputs(samples[largest])["input_ids"].numel()
-            around = exact - images[largest] - texts[largest]
+            made = self._preparation.inputs(samples[largest])
+            around = made["input_ids"].numel() - images[largest] - texts[largest]
+            nbytes = sum(tensor.nbytes for tensor in made.for_towers())
+            used = images[: len(self._main(dataset))]
+            total = nbytes * sum(used) // max(images[largest], 1)
+            self._loads[dataset] = TowerLoad(self._preparation.patches(made), nbytes, total)
             self._counted[dataset] = [image + text + around for image, text in zip(images, texts, strict=True)]
         return self._counted[dataset]
+
+    def tower_load(self, dataset: DatasetConfig) -> TowerLoad:
+        self._count(dataset)
+        return self._loads[dataset]
 
     def _extra(self, dataset: DatasetConfig) -> list[int]:
         """Which samples beyond ``num_samples`` fit into ``extra_share`` times the tokens of the main ones."""

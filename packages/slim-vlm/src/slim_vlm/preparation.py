@@ -8,7 +8,7 @@ from typing import Any
 
 from PIL import Image
 
-from slim_core.errors import InvalidDatasetError, SlimError
+from slim_core.errors import InvalidDatasetError, InvalidModelError, SlimError
 from slim_core.model.tower_inputs import TowerInputs
 from slim_core.model.units import StreamedModel
 from slim_llm.vocabulary import check_token_ids
@@ -19,12 +19,17 @@ from slim_vlm.processor import open_processor
 __all__ = ["Preparation", "conversation"]
 
 _PIXELS = "pixel_values"
+_PATCH = 14
 
 
 def conversation(sample: ImageSample, image: Any) -> list[dict[str, Any]]:
     """The chat of a sample: one message of the user, the picture and then the prompt."""
     content = [{"type": "image", "image": image}, {"type": "text", "text": sample.text}]
     return [{"role": "user", "content": content}]
+
+
+class _RefusalError(Exception):
+    """What a processor does not take, before it is known whose fault that is."""
 
 
 class Preparation:
@@ -43,7 +48,7 @@ class Preparation:
 
         Raises:
             InvalidDatasetError: the picture cannot be opened, or the processor refuses the sample.
-            InvalidModelError: the processor gives ids that the model does not know.
+            InvalidModelError: the processor refuses any sample, or gives ids that the model does not know.
         """
         made = self.encoded(sample, conversation(sample, open_image(sample)), add_generation_prompt=True)
         return self.forward_inputs(made)
@@ -54,7 +59,21 @@ class Preparation:
         return TowerInputs({**made, "use_cache": False}, pixels)
 
     def encoded(self, sample: ImageSample, chat: list[dict[str, Any]], **options: Any) -> dict[str, Any]:
-        """What the processor makes of a chat: token ids and what belongs to its images."""
+        """What the processor makes of a chat: token ids and what belongs to its images.
+
+        Raises:
+            InvalidDatasetError: the processor refuses this sample.
+            InvalidModelError: it refuses any, or gives ids that the model does not know.
+        """
+        try:
+            return self._encoded(chat, options)
+        except _RefusalError as error:
+            self.example()  # what is refused as well cannot be the fault of the sample
+            raise InvalidDatasetError(
+                str(error), where=sample.where, remedy="change the picture or the prompt"
+            ) from error
+
+    def _encoded(self, chat: list[dict[str, Any]], options: Mapping[str, Any]) -> dict[str, Any]:
         try:
             made = self.processor.apply_chat_template(
                 chat, tokenize=True, return_dict=True, return_tensors="pt", **options
@@ -62,32 +81,42 @@ class Preparation:
         except SlimError:
             raise
         except Exception as error:  # templates and processors raise whatever they like
-            raise InvalidDatasetError(
-                f"the model's processor refuses the sample: {type(error).__name__}: {error}",
-                where=sample.where,
-                remedy="change the picture or the prompt, or check the processor files of the model",
-            ) from error
+            raise _RefusalError(f"the model's processor raises {type(error).__name__}: {error}") from error
         check_token_ids(self._model, [made])
         if not any(name.startswith(_PIXELS) for name in made):
-            raise InvalidDatasetError(
-                f"the model's processor makes no pixels of the picture, but only {', '.join(made)}",
-                where=sample.where,
-                remedy="check the chat template of the model: it must have a place for images",
-            )
+            raise _RefusalError(f"the model's processor makes no pixels of the picture, but only {', '.join(made)}")
         return dict(made)
 
     def example(self) -> dict[str, Any]:
-        """Keyword arguments of the model for a small picture, always the same one."""
+        """Keyword arguments of the model for a small picture, always the same one.
+
+        Raises:
+            InvalidModelError: the processor refuses it, or gives ids that the model does not know.
+        """
         picture = Image.linear_gradient("L").resize((64, 96)).convert("RGB")
         chat = [{"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", "text": "What?"}]}]
-        sample = ImageSample(str(self._model.folder), self._model.folder, "What?")
-        return {**self.encoded(sample, chat, add_generation_prompt=True), "use_cache": False}
+        try:
+            return {**self._encoded(chat, {"add_generation_prompt": True}), "use_cache": False}
+        except _RefusalError as error:
+            raise InvalidModelError(
+                f"given a plain picture and a question, {error}",
+                where=str(self._model.folder),
+                remedy="check the chat template, which must have a place for images, and the other processor files",
+            ) from error
 
     def image_tokens(self, size: tuple[int, int]) -> int:
         """How many tokens the processor makes of a picture of this width and height, by its own account."""
         width, height = size
         counted = self.processor._get_num_multimodal_tokens(image_sizes=[(height, width)])
         return int(counted["num_image_tokens"][0])
+
+    def patches(self, made: TowerInputs) -> int:
+        """How many patches the pictures of a sample are cut into."""
+        config = self._model.config.get("vision_config") or {}
+        size = config.get("patch_size") or _PATCH
+        area = size * size if isinstance(size, int) else size[0] * size[-1]
+        # Patches laid out in rows, or pictures (..., channels, height, width).
+        return sum(len(x) if x.dim() < 4 else x[..., 0, :, :].numel() // area for x in made.for_towers())
 
     def text_tokens(self, text: str) -> int:
         return len(self.processor.tokenizer(text)["input_ids"])

@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from slim_core.errors import InvalidModelError, UnsupportedError
+from slim_core.model.skeleton import named_modules
 from slim_core.model.units import StreamedModel, Unit
 from slim_core.progress import Progress
 from slim_core.quantization.attention import QuantizedAttention
@@ -82,10 +83,11 @@ def evaluate(
         quantized: the same model over the written files, and the folder that says which layers are quantized.
 
     Raises:
-        InvalidModelError: the model returns no logits.
+        InvalidModelError: the model returns no logits, or the files were written for another one.
         UnsupportedError: the written files quantize something that cannot be reached in this model.
     """
     if quantized is not None:
+        _check_structure(model, *quantized)
         _check_attentions(*quantized)
     sums = _Sums()
     names = {unit.name: 1 for unit in model.running}
@@ -132,6 +134,25 @@ def _layers_of(unit: Unit, folder: AscendV1Folder) -> dict[str, QuantizedLinear]
 def _attentions_of(unit: Unit, folder: AscendV1Folder) -> dict[str, QuantizedAttention]:
     found = {info.name: folder.attention(info) for info in unit.attentions}
     return {name: attention for name, attention in found.items() if attention is not None}
+
+
+def _check_structure(original: StreamedModel, model: StreamedModel, folder: AscendV1Folder) -> None:
+    """Refuse files of a model whose configuration makes other linears."""
+    first, second = (
+        {
+            name: (part.out_features, part.in_features)
+            for name, part in named_modules(one.module)
+            if isinstance(part, nn.Linear)
+        }
+        for one in (original, model)
+    )
+    if other := next((name for name in first | second if first.get(name) != second.get(name)), None):
+        shapes = [" x ".join(map(str, one[other])) if other in one else "not there" for one in (first, second)]
+        raise InvalidModelError(
+            f"the files were written for another model: {other} is {shapes[1]}, in the original {shapes[0]}",
+            where=str(folder.folder),
+            remedy="give the folder that was written for this model",
+        )
 
 
 def _check_attentions(model: StreamedModel, folder: AscendV1Folder) -> None:

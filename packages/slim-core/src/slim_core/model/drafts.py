@@ -129,6 +129,7 @@ def _unit(prefix: str, like: Mapping[str, _Block]) -> Unit:
         first,
         name=prefix,
         block=None,
+        stop=None,
         parameters=parameters,
         tensors={},
         linears=linears,

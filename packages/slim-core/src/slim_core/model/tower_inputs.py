@@ -24,12 +24,15 @@ class TowerInputs(dict[str, Any]):
         super().__init__(given)
         self._for_towers = for_towers
 
+    def for_towers(self) -> list[Tensor]:
+        """The tensors that only towers read."""
+        values = [self.get(name) for name in self._for_towers]
+        return [value for value in values if isinstance(value, Tensor) and value.is_floating_point()]
+
     def let_go(self) -> None:
         """Give the memory of these tensors back, whoever still holds them.
 
         They keep their shape; who reads them all the same reads NaN, which cannot go unnoticed.
         """
-        for name in self._for_towers:
-            value = self.get(name)
-            if isinstance(value, Tensor) and value.is_floating_point():
-                value.data = torch.full((1,), float("nan"), dtype=value.dtype).expand(value.shape)
+        for value in self.for_towers():
+            value.data = torch.full((1,), float("nan"), dtype=value.dtype).expand(value.shape)

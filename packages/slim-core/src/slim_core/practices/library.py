@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +17,8 @@ __all__ = ["CUSTOM_VARIABLE", "DEFAULT_PEDIGREE", "Practice", "PracticeLibrary",
 
 CUSTOM_VARIABLE = "MSMODELSLIM_CUSTOM_PRACTICE_REPO"
 DEFAULT_PEDIGREE = "default"
+# What the services take, where that is not a language model; for questions.
+_KINDS = {"multimodal_vlm_modelslim_v1": "vision-language model", "multimodal_sd_modelslim_v1": "diffusion model"}
 
 
 @dataclass(frozen=True)
@@ -116,11 +118,26 @@ class PracticeLibrary:
             f"no practice {config_id!r}", remedy=f"did you mean {near!r}?" if near else f"known: {one_of(known)}"
         )
 
-    def select(self, pedigree: str, model_type: str, quant_type: str | None, tags: Sequence[str] = ()) -> Selection:
+    def select(
+        self,
+        pedigree: str,
+        model_type: str,
+        quant_type: str | None,
+        tags: Sequence[str] = (),
+        takes: Callable[[str], bool] | None = None,
+    ) -> Selection:
         """The practice for a model type, by the matching rules of the protocol.
 
         The model's pedigree is searched for ``quant_type`` (w8a8 if None), then the folder ``default``, then both again
         for w8a8. Everything but a verified practice of the very type that was asked for comes with a question.
+
+        Args:
+            pedigree: the folder of the model type.
+            model_type: as the practices list it.
+            quant_type: the type that is asked for.
+            tags: engine and hardware that a practice must be verified with.
+            takes: whether the service of an ``apiversion`` takes the model at hand. Asked where the folder ``default``
+                has practices of several services; if none takes it, or this is None, the score alone decides.
 
         Raises:
             SchemaValidateError: the quantization type is unknown.
@@ -135,34 +152,40 @@ class PracticeLibrary:
                 remedy="give a recipe with --config_path" + (f"; the nearest folder is {near!r}" if near else ""),
             )
         assumed = "" if quant_type else f"No quant_type was given, {wanted.name} is assumed. "
-        if found := self._in_pedigree(pedigree, model_type, wanted, tags):
+        if found := self._in_pedigree(pedigree, model_type, wanted, tags, takes):
             practice, standby = found
             if standby or assumed or pedigree == DEFAULT_PEDIGREE:
                 return Selection(practice, _question(practice, model_type, wanted, tags, assumed, standby))
             return Selection(practice, None)
-        if found := self._in_pedigree(DEFAULT_PEDIGREE, model_type, wanted, tags):
+        if found := self._in_pedigree(DEFAULT_PEDIGREE, model_type, wanted, tags, takes):
             return Selection(found[0], _question(found[0], model_type, wanted, tags, assumed))
         if wanted.name != DEFAULT_QUANT_TYPE:
             fallback = parse_quant_type(DEFAULT_QUANT_TYPE)
             instead = f"There is no practice for {model_type} with {wanted.name}, only with {fallback.name}. "
             for folder in (pedigree, DEFAULT_PEDIGREE):
-                if found := self._in_pedigree(folder, model_type, fallback, tags):
+                if found := self._in_pedigree(folder, model_type, fallback, tags, takes):
                     practice, standby = found
                     return Selection(practice, _question(practice, model_type, fallback, tags, instead, standby))
         raise self._nothing(pedigree, model_type, wanted)
 
     def _in_pedigree(
-        self, pedigree: str, model_type: str, wanted: QuantType, tags: Sequence[str]
+        self,
+        pedigree: str,
+        model_type: str,
+        wanted: QuantType,
+        tags: Sequence[str],
+        takes: Callable[[str], bool] | None,
     ) -> tuple[Practice, bool] | None:
         """The first match, or else the first standby (True)."""
-        standby: Practice | None = None
+        found: dict[str, list[Practice]] = {"match": [], "standby": [], "no": []}
         for practice in self._practices(pedigree):
-            verdict = _verdict(practice, model_type, wanted, tags)
-            if verdict == "match":
-                return practice, False
-            if verdict == "standby" and standby is None:
-                standby = practice
-        return (standby, True) if standby else None
+            found[_verdict(practice, model_type, wanted, tags)].append(practice)
+        if matches := found["match"]:
+            several = len({practice.recipe.apiversion for practice in matches}) > 1
+            if pedigree == DEFAULT_PEDIGREE and several and takes is not None:
+                return next((one for one in matches if takes(one.recipe.apiversion)), matches[0]), False
+            return matches[0], False
+        return (found["standby"][0], True) if found["standby"] else None
 
     def _practices(self, pedigree: str) -> list[Practice]:
         if pedigree not in self._read:
@@ -212,7 +235,8 @@ def _question(
     practice: Practice, model_type: str, wanted: QuantType, tags: Sequence[str], lead: str, standby: bool = False
 ) -> str:
     if practice.pedigree == DEFAULT_PEDIGREE:
-        state = f"The {wanted.name} practice {practice.config_id!r} fits any model but was not made for {model_type}."
+        kind = _KINDS.get(practice.recipe.apiversion, "model")
+        state = f"The {wanted.name} practice {practice.config_id!r} fits any {kind} but was not made for {model_type}."
     elif standby:
         state = f"Practice {practice.config_id!r} fits {model_type}, but is not verified with {' + '.join(tags)}."
     else:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar, cast, overload
@@ -21,6 +22,8 @@ __all__ = ["Recipe", "dump_recipe", "dump_yaml", "load_recipe", "recipe_from_dic
 S = TypeVar("S", bound=BaseModel)
 
 _KEYS = ("apiversion", "spec", "metadata")
+_PATH = re.compile(r"[\w.\[\]]+")
+_STEP = re.compile(r"\w+")
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,16 @@ class Recipe:
             EnvError: a processor or saver that it names belongs to a broken package.
         """
         return validate(model, self.raw_spec, document=self.document, at=("spec",))
+
+    def placed(self, remarks: Iterable[str]) -> list[str]:
+        """Remarks on ``spec`` with file and line; each begins with a path, as :meth:`StrictModel.warnings` has them."""
+        return [f"{self.document.where(('spec', *_steps(text)))}: spec.{text}" for text in remarks]
+
+
+def _steps(text: str) -> Location:
+    """The path that a remark begins with: of ``process[0].qconfig: ...`` process, 0, qconfig."""
+    path = _PATH.match(text)
+    return tuple(int(step) if step.isdigit() else step for step in _STEP.findall(path[0] if path else ""))
 
 
 def load_recipe(path: Path) -> Recipe:

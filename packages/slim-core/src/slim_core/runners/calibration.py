@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from slim_core.model.attention import Tap
 from slim_core.model.skeleton import stand_in
@@ -226,10 +226,10 @@ class KeptBlock:
         self.samples = forwards.samples
 
     def run(self, sample: int) -> Tensor:
-        return hidden_states(self._forwards.compute(sample))
+        return _what_counts(self._forwards.compute(sample))
 
     def target(self, sample: int) -> Tensor:
-        return hidden_states(self._targets[sample]).to(self._device)
+        return _what_counts(self._targets[sample]).to(self._device)
 
 
 def _tokens_of(call: BlockCall) -> int:
@@ -241,6 +241,14 @@ def _tokens_of(call: BlockCall) -> int:
 def hidden_states(output: Any) -> Tensor:
     """The hidden states of a block's output, which is a tensor or a tuple that begins with them."""
     return output if isinstance(output, Tensor) else output[0]
+
+
+def _what_counts(output: Any) -> Tensor:
+    """The hidden states of a block; of a tower that gives several things, all of them, one after the other."""
+    if not isinstance(output, Mapping):
+        return hidden_states(output)
+    tensors = [part for part in tree_leaves(output) if isinstance(part, Tensor) and part.is_floating_point()]
+    return torch.cat([tensor.reshape(-1) for tensor in tensors])
 
 
 def simulating_taps(attentions: Mapping[str, QuantizedAttention], device: torch.device) -> dict[str, Tap]:

@@ -43,7 +43,7 @@ from slim_core.runners.plan_linears import (
     planned_linears,
 )
 from slim_core.runners.plan_memory import PlannedMemory, explores_by_expert, plan_memory
-from slim_core.runners.prediction import Calibration, Share, memory_shares
+from slim_core.runners.prediction import Calibration, Share, TowerLoad, memory_shares
 from slim_core.runners.prior import PlannedStage, plan_stages
 from slim_core.savers.base import Output, Saver, create_saver
 from slim_core.savers.loaders import unloadable_attentions
@@ -148,6 +148,7 @@ def make_plan(
     activation_bytes: Callable[[], int] = lambda: 0,
     largest_forward: Callable[[], int] = lambda: 0,
     stage_bytes: Callable[[DatasetConfig], int] = lambda _: 0,
+    tower_load: Callable[[DatasetConfig], TowerLoad] = lambda _: TowerLoad(),
     extra_samples: Callable[[], ExtraSamples] = ExtraSamples,
     example: Example | None = None,
     force: bool = False,
@@ -161,6 +162,7 @@ def make_plan(
         activation_bytes: gives the size of the calibration set's hidden states at one point of the model; asked only if
             data is needed.
         largest_forward: gives the most tokens of it that go through a block at once.
+        tower_load: what of a calibration set runs through the towers of the model.
         stage_bytes: the size of the hidden states of the calibration set of a stage ahead of the main one.
         extra_samples: says how many samples there are for experts below the quota; asked only if they are needed.
         example: gives keyword arguments of the model for one short sample; asked only if the structure is needed.
@@ -225,8 +227,10 @@ def make_plan(
             activations += 2 * experts.quota.extra.hidden_bytes
         keeps_layers = spec.propagate == "quantized"
         runs_again = bool(fresh or anew) or kept or keeps_layers
-        calibration = Calibration(activations, largest_forward(), keeps_layers, kept, runs_again)
-    learning = [(stage, Calibration(stage_bytes(stage.dataset))) for stage in stages]
+        calibration = Calibration(
+            *(activations, largest_forward(), keeps_layers, kept, runs_again), tower_load(spec.dataset)
+        )
+    learning = [(stage, Calibration(stage_bytes(stage.dataset), towers=tower_load(stage.dataset))) for stage in stages]
 
     def shares(by_expert: Mapping[str, Sequence[ExpertLayer]]) -> list[list[Share]]:
         main = memory_shares(model, runner, processors, assignments, requests, calibration, by_expert)

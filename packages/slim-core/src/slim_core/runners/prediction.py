@@ -24,7 +24,7 @@ from slim_core.quantization.statistics.inputs import SAMPLED_TOKENS
 from slim_core.runners.choice import RunnerChoice, unit_bytes
 from slim_core.savers.loaders import fused_leaves
 
-__all__ = ["Calibration", "Share", "memory_shares"]
+__all__ = ["Calibration", "Share", "TowerLoad", "memory_shares"]
 
 # What the first forward of a block loads (kernels, thread stacks) and the heaps of the threads keep.
 _LIBRARIES = 48 << 20
@@ -36,6 +36,21 @@ _ROW_BLOCKS = 16 << 20
 _EXPERT_KERNELS, _EXPERT_TOKENS = 256 << 20, 256
 # Tensors as wide as the widest linear that a block has in memory at once.
 _WIDE_TENSORS = 4
+_IMAGES_AT_ONCE = 4
+
+
+@dataclass(frozen=True)
+class TowerLoad:
+    """What runs through towers, such as images.
+
+    Args:
+        tokens: of the largest forward inside a tower, such as patches.
+        largest, total: bytes of the inputs of the largest sample that only towers read, and of all samples.
+    """
+
+    tokens: int = 0
+    largest: int = 0
+    total: int = 0
 
 
 @dataclass(frozen=True)
@@ -48,6 +63,7 @@ class Calibration:
         keeps_layers: whether the quantized layers of a block wait for a forward through them.
         trains: whether gradients flow through the block.
         runs_again: whether the block is run once more after processors have reshaped it.
+        towers: what runs through the model's towers.
     """
 
     hidden_bytes: int
@@ -55,6 +71,7 @@ class Calibration:
     keeps_layers: bool = False
     trains: bool = False
     runs_again: bool = True
+    towers: TowerLoad = TowerLoad()
 
 
 @dataclass(frozen=True)
@@ -123,6 +140,8 @@ def memory_shares(
             Share(f"Hessians of the inputs of {unit.name}", hessians, device=True),
             Share(f"other statistics of the inputs of {unit.name}", observed - hessians, device=True),
         ]
+        if unit.block is None:
+            seen.append(Share(f"images on their way to {unit.name}", _images(calibration)))
         running = [Share(f"activations inside {unit.name}", forward, host=False, device=True)]
         quantizing = [
             Share(f"the work of processors on {unit.name}", work, device=True),
@@ -216,7 +235,16 @@ def _statistics(width: int, needs: frozenset[Need]) -> int:
 
 def _forward(unit: Unit, calibration: Calibration, itemsize: int) -> int:
     """Activations inside a block; all of them where gradients will need them."""
+    tokens = calibration.tokens if unit.block is not None else calibration.towers.tokens
     if calibration.trains:
-        return calibration.tokens * sum(8 * info.in_features + 4 * info.out_features for info in unit.linears)
+        return tokens * sum(8 * info.in_features + 4 * info.out_features for info in unit.linears)
     widest = max((max(info.in_features, info.out_features) for info in unit.linears), default=0)
-    return calibration.tokens * widest * itemsize * _WIDE_TENSORS
+    return tokens * widest * itemsize * _WIDE_TENSORS
+
+
+def _images(calibration: Calibration) -> int:
+    """Inputs of towers that are in memory at once: of the sample at work and those that are made meanwhile; of all
+    samples, if they run more than once."""
+    load = calibration.towers
+    several = calibration.runs_again or calibration.keeps_layers or calibration.trains
+    return load.total if several else min(load.total, _IMAGES_AT_ONCE * load.largest)
