@@ -15,6 +15,7 @@ import torch
 import yaml
 from pydantic import BaseModel
 from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
 from typing_extensions import is_typeddict
 
 from slim_core.errors import SlimError
@@ -39,6 +40,7 @@ from slim_core.recipe.schema import Label
 from slim_core.savers.ascendv1_folder import AscendV1Folder
 from slim_core.savers.loaders import engines, reads_ascendv1
 from slim_core.service import EvalRequest, Migrator, QuantRequest, find_service
+from slim_vlm.recipe import SpecVlm
 
 ROOT = Path(__file__).parents[1]
 PLUGIN = ROOT / "examples" / "plugin"
@@ -134,7 +136,7 @@ def test_recipes_parse(code: str) -> None:
     service = find_service(recipe.apiversion)
     if isinstance(service, Migrator):
         recipe = service.migrate(recipe).recipe
-    recipe.spec()
+    recipe.spec(find_service(recipe.apiversion).spec_type())
 
 
 def test_the_migrated_recipe_is_what_slim_prints(tmp_path: Path) -> None:
@@ -154,7 +156,7 @@ def refusal(path: Path) -> str:
         service = find_service(recipe.apiversion, where=f"{path}: apiversion")
         if isinstance(service, Migrator):
             recipe = service.migrate(recipe).recipe
-        recipe.spec()
+        recipe.spec(find_service(recipe.apiversion).spec_type())
     except SlimError as error:
         return f"error {error.code} {type(error).__name__}: {error}"
     return "no error"
@@ -189,7 +191,7 @@ def fields_of(model: Any) -> Iterator[str]:
 
 def test_every_field_is_described() -> None:
     """The pages on recipes name every field that one can have, every processor, and every layer that comes of it."""
-    names = {name for model in (SpecV1, Metadata, DatasetConfig, PriorStage) for name in fields_of(model)}
+    names = {name for model in (SpecV1, SpecVlm, Metadata, DatasetConfig, PriorStage) for name in fields_of(model)}
     for group in ("slim.processors", "slim.savers"):
         for plugin in plugin_names(group):
             names |= {plugin, *fields_of(PluginConfig(group).config_class(plugin))}
@@ -241,7 +243,7 @@ PYTHON_PAGES = [
     "README.md",
     "docs/recipes.md",
     "docs/calibration.md",
-    *(f"packages/{name}/README.md" for name in ("slim-core", "slim-llm")),
+    *(f"packages/{name}/README.md" for name in ("slim-core", "slim-llm", "slim-vlm")),
 ]
 
 
@@ -252,6 +254,22 @@ def test_python_examples_run(page: str) -> None:
     assert codes
     for code in codes:
         exec(compile(code, page, "exec"), {"__name__": "example"})  # noqa: S102 - our own pages
+
+
+def test_the_recipe_for_pictures_is_shown_as_it_is() -> None:
+    recipe = read("examples/vlm-w8a8.yaml")
+    for page in ("docs/recipes.md", "packages/slim-vlm/README.md"):
+        assert recipe in blocks(page, "yaml")
+
+
+def test_the_command_line_page_shows_the_help() -> None:
+    """docs/cli.md shows ``--help`` of the verbs that are made from requests, word by word."""
+    from slim_cli.main import app
+
+    page = " ".join("".join(blocks("docs/cli.md", "console")).split())
+    for verb in ("quant", "eval"):
+        shown = CliRunner().invoke(app, [verb, "--help"], prog_name="slim")
+        assert " ".join(shown.stdout.split()) in page
 
 
 def test_extending_shows_the_example_package() -> None:

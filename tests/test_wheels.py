@@ -8,6 +8,7 @@ not declared shows.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from importlib.metadata import distribution
 from pathlib import Path
 
 import pytest
+import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -166,23 +168,30 @@ def test_every_wheel_has_its_licence_and_types(wheels: dict[str, Path]) -> None:
 
 def test_data_files_are_real_files(wheels: dict[str, Path]) -> None:
     """Where the repository has links, a wheel has what they point to."""
-    llm, core = content(wheels["slim-llm"]), content(wheels["slim-core"])
-    practices = sorted((ROOT / "lab_practice").rglob("*.yaml"))
-    assert practices
-    for path in practices:
-        assert llm[f"slim_llm/{path.relative_to(ROOT)}"] == path.read_bytes()
+    llm, vlm, core = (content(wheels[name]) for name in ("slim-llm", "slim-vlm", "slim-core"))
     samples = ROOT / "lab_calib" / "mix_calib.jsonl"
     assert llm["slim_llm/lab_calib/mix_calib.jsonl"] == samples.read_bytes()
-    vlm = content(wheels["slim-vlm"])
     images = sorted((ROOT / "lab_calib" / "calibImages").iterdir())
     assert images
-    for path in (*practices, *images):
+    for path in images:
         assert vlm[f"slim_vlm/{path.relative_to(ROOT)}"] == path.read_bytes()
     sources = ROOT / "packages" / "slim-core" / "src"
     data = [*sources.rglob("templates/*.j2"), *sources.rglob("loader_tables.yaml")]
     assert len(data) >= 2
     for path in data:
         assert core[str(path.relative_to(sources))] == path.read_bytes()
+
+
+def test_practices_are_in_the_wheel_of_their_service(wheels: dict[str, Path]) -> None:
+    """And in no other, so that none is listed twice where both are installed."""
+    owners = {"modelslim_v1": "slim-llm", "multimodal_vlm_modelslim_v1": "slim-vlm"}
+    wanted: dict[str, dict[str, bytes]] = {name: {} for name in OURS}
+    for path in sorted((ROOT / "lab_practice").rglob("*.yaml")):
+        owner = owners[yaml.safe_load(path.read_text("utf-8"))["apiversion"]]
+        wanted[owner][f"{owner.replace('-', '_')}/{path.relative_to(ROOT)}"] = path.read_bytes()
+    assert all(wanted[owner] for owner in owners.values())
+    for name, wheel in wheels.items():
+        assert {path: data for path, data in content(wheel).items() if "/lab_practice/" in path} == wanted[name], name
 
 
 def test_calibration_sets_are_in_one_wheel_each(wheels: dict[str, Path]) -> None:
@@ -304,8 +313,22 @@ def test_all_packages_together(environment: Environment, tmp_path: Path) -> None
     assert found.returncode == 0, found.stderr
     found = run(programs / "slim", "verify", tmp_path / "out", folder=tmp_path)
     assert found.returncode == 0, found.stdout
-    for apiversion, package in (("multimodal_vlm_modelslim_v1", "slim-vlm"), ("multimodal_sd_modelslim_v1", "slim-sd")):
+    for apiversion, said in (
+        ("multimodal_vlm_modelslim_v1", "does not know model_type 'qwen3' as a vision-language model"),
+        ("multimodal_sd_modelslim_v1", "this version of slim-sd cannot quantize"),
+    ):
         chosen = arguments(tmp_path, save_path=tmp_path / "no", config_path=recipe(tmp_path, apiversion))
         found = run(programs / "slim", *chosen, folder=tmp_path)
         assert found.returncode == 1
-        assert f"this version of {package} cannot quantize" in found.stderr
+        assert said in found.stderr
+    # The library is that of all packages, and each practice is in one of them.
+    found = run(programs / "slim", "practices", "list", folder=tmp_path)
+    rows = [line.split() for line in found.stdout.splitlines()]
+    ids = {path.stem for path in (ROOT / "lab_practice").glob("*/*.yaml")}
+    assert sorted(row[1] for row in rows if len(row) > 1 and row[1] in ids) == sorted(ids)
+    for name, folder in (("Qwen3-VL-30B-A3B-Instruct", "slim_vlm"), ("Qwen3-30B-A3B", "slim_llm")):
+        found = run(programs / "slim", "practices", "match", name, "--quant_type", "w8a8", folder=tmp_path)
+        assert re.search(rf"^file +{re.escape(str(tmp_path))}/.*/{folder}/lab_practice/", found.stdout, re.M), (
+            found.stdout
+        )
+        assert "question  none" in found.stdout

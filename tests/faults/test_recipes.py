@@ -371,13 +371,6 @@ UNAVAILABLE = {
         "{recipe}:8: spec.process",
         "fields: anti_cfg, anti_params, calib_cfg",
     ),
-    "vision-language": (
-        edit("modelslim_v1", "multimodal_vlm_modelslim_v1"),
-        UNSUPPORTED,
-        "slim-vlm cannot quantize vision-language models yet",
-        "multimodal_vlm_modelslim_v1",
-        "upgrade slim-vlm",
-    ),
     "diffusion": (
         edit("modelslim_v1", "multimodal_sd_modelslim_v1"),
         UNSUPPORTED,

@@ -69,6 +69,34 @@ def test_recipe_check_tells_errors(slim, recipe: Path, tmp_path: Path) -> None:
     assert f"{broken}:6" in found.stderr
 
 
+def test_recipe_check_of_a_vision_language_model(slim, recipe: Path, tmp_path: Path) -> None:
+    """The fields and defaults of its own protocol, and a warning about the one that does not stay as it was given."""
+    images = tmp_path / "images.yaml"
+    images.write_text(
+        recipe.read_text().replace("modelslim_v1\nspec:", "multimodal_vlm_modelslim_v1\nspec:\n  runner: auto")
+    )
+    found = slim("recipe", "check", images)
+    assert found.exit_code == 0, found.output
+    spec = yaml.safe_load(found.stdout)["spec"]
+    assert (spec["runner"], spec["dataset"]) == ("layer_wise", "calibImages")
+    assert spec["default_text"] == "Describe this image in detail."
+    [warning] = found.stderr.splitlines()
+    assert warning.endswith(
+        f"WARNING {images}:3: spec.runner: 'auto' becomes 'layer_wise', the only one for vision-language models"
+    )
+    images.write_text(images.read_text().replace("auto", "automatic"))
+    assert f"{images}:3: spec.runner: got 'automatic'; allowed: auto" in slim("recipe", "check", images).stderr
+
+
+def test_recipe_check_warns_of_what_has_no_effect(slim, recipe: Path, tmp_path: Path) -> None:
+    idle = tmp_path / "idle.yaml"
+    idle.write_text(recipe.read_text().replace("method: minmax}\n      include", "ext: {step: 2}}\n      include"))
+    found = slim("recipe", "check", idle)
+    assert found.exit_code == 0, found.output
+    path = "spec.process[0].qconfig.weight.ext.step"
+    assert f"WARNING {idle}:7: {path} has no effect with method minmax and scope per_channel" in found.stderr
+
+
 @pytest.mark.parametrize("apiversion", ["modelslim_v9", "multimodal_sd_modelslim_v1"])
 def test_recipe_check_refuses_what_it_cannot_check(slim, recipe: Path, tmp_path: Path, apiversion: str) -> None:
     other = tmp_path / "other.yaml"
@@ -85,6 +113,36 @@ def test_schema_to_standard_output_and_to_a_file(slim, tmp_path: Path) -> None:
     refused = slim("schema", "--output", tmp_path / "no" / "such" / "folder.json")
     assert refused.exit_code == 1
     assert "error 100 EnvError: " in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("apiversion", "field"),
+    [
+        ("modelslim_v1", "propagate"),
+        ("multimodal_vlm_modelslim_v1", "default_text"),
+        ("modelslim_v0", "calib_cfg"),
+    ],
+)
+def test_schema_of_each_protocol(slim, apiversion: str, field: str) -> None:
+    found = slim("schema", "--apiversion", apiversion)
+    assert found.exit_code == 0, found.output
+    schema = json.loads(found.stdout)
+    spec = schema["$defs"][schema["properties"]["spec"]["$ref"].rpartition("/")[2]]
+    assert field in spec["properties"]
+
+
+@pytest.mark.parametrize(
+    ("apiversion", "said"),
+    [
+        ("multimodal_vlm", "--apiversion: unknown apiversion 'multimodal_vlm' (did you mean 'multimodal_vlm_model"),
+        ("multimodal_sd_modelslim_v1", "cannot quantize diffusion transformers yet"),
+    ],
+)
+def test_schema_of_what_is_not_served(slim, tmp_path: Path, apiversion: str, said: str) -> None:
+    found = slim("schema", "--apiversion", apiversion, "--output", tmp_path / "schema.json")
+    assert found.exit_code == 1
+    assert said in found.stderr
+    assert not (tmp_path / "schema.json").exists()
 
 
 @dataclass

@@ -195,6 +195,40 @@ def test_an_unknown_model_falls_back_to_the_default_folder(
     assert "torn.yaml" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("texts", "pictures", "chosen"),
+    [
+        (False, True, "pictures"),
+        (True, False, "any"),
+        (True, True, "any"),
+        (False, False, "any"),
+        (InvalidModelError("config.json is torn"), True, "pictures"),
+        (InvalidModelError("config.json is torn"), InvalidModelError("config.json is torn"), "any"),
+    ],
+)
+def test_the_fallback_is_one_whose_service_takes_the_model(
+    tmp_path: Path, install: Install, texts: Any, pictures: Any, chosen: str
+) -> None:
+    folder, api = library(tmp_path / "lib"), "multimodal_vlm_modelslim_v1"
+    write_recipe(folder / "default" / "pictures.yaml", api, config_id="pictures", label=LABEL, score=1)
+    install(
+        modelslim_v1=service(folders=(folder,), claim=texts),
+        multimodal_vlm_modelslim_v1=service(folders=(folder,), claim=pictures, apiversion=api),
+    )
+    recipe, found = choose_recipe(request(tmp_path, quant_type="w8a8", yes=True), never)
+    assert (recipe.metadata.config_id, found.apiversion) == (chosen, recipe.apiversion)
+    # Without a folder there is nothing to ask.
+    assert match_practice("Qwen3-32B", "w8a8").practice.config_id == "any"
+    assert match_practice("Qwen3-32B", "w8a8", model_path=tmp_path).practice.config_id == chosen
+
+
+def test_a_fallback_of_a_package_that_is_missing_is_the_last_one(tmp_path: Path, install: Install) -> None:
+    folder, api = library(tmp_path / "lib"), "multimodal_vlm_modelslim_v1"
+    write_recipe(folder / "default" / "pictures.yaml", api, config_id="pictures", label=LABEL, score=99)
+    install(modelslim_v1=service(folders=(folder,), claim=True))
+    assert match_practice("X", "w8a8", model_path=tmp_path).practice.config_id == "any"
+
+
 def test_a_practice_whose_package_is_missing(tmp_path: Path, install: Install) -> None:
     folder = library(tmp_path / "lib")
     write_recipe(folder / "default" / "any.yaml", "multimodal_sd_modelslim_v1", config_id="any", label=LABEL)
@@ -228,7 +262,9 @@ def test_the_service_of_a_folder(tmp_path: Path, install: Install) -> None:
     with pytest.raises(InvalidModelError, match=r"config\.json is torn"):
         service_for(tmp_path)
     install(a=no)
-    with pytest.raises(UnsupportedError, match=r"no installed package can score this kind of model .pip install slim-llm"):
+    with pytest.raises(
+        UnsupportedError, match=r"no installed package can score this kind of model .pip install slim-llm"
+    ):
         service_for(tmp_path)
 
 

@@ -284,3 +284,46 @@ def test_only_the_closed_list_is_accepted(text):
     else:
         with pytest.raises(SchemaValidateError):
             parse_quant_type(text)
+
+
+@pytest.mark.parametrize(
+    ("taken", "chosen", "fits"),
+    [
+        ({"multimodal_vlm_modelslim_v1"}, "pictures", "any vision-language model"),
+        ({"multimodal_sd_modelslim_v1"}, "noise", "any diffusion model"),
+        ({"modelslim_v1"}, "texts", "any model"),
+        ({"modelslim_v1", "multimodal_vlm_modelslim_v1"}, "texts", "any model"),  # the higher score
+        (set(), "texts", "any model"),
+        (None, "texts", "any model"),
+    ],
+)
+@pytest.mark.parametrize("quant_type", ["w8a8", "w4a8", None])
+def test_a_fallback_that_the_model_at_hand_is_for(tmp_path, taken, chosen, fits, quant_type):
+    """Also where the fallback is that of another type."""
+    for name, apiversion, score in (
+        ("noise", "multimodal_sd_modelslim_v1", 48),
+        ("pictures", "multimodal_vlm_modelslim_v1", 49),
+        ("texts", "modelslim_v1", 50),
+    ):
+        path = put(tmp_path, "default", name, "w8a8", score=score)
+        path.write_text(path.read_text().replace("modelslim_v1", apiversion, 1))
+    takes = None if taken is None else taken.__contains__
+    selection = PracticeLibrary([tmp_path]).select("default", "Mine", quant_type, takes=takes)
+    assert selection.practice.config_id == chosen
+    assert f"practice {chosen!r} fits {fits} but was not made for Mine" in (selection.question or "")
+
+
+def test_nothing_is_asked_of_the_model_where_there_is_no_choice(tmp_path):
+    """Reading it takes seconds."""
+
+    def takes(apiversion: str) -> bool:
+        raise AssertionError(apiversion)
+
+    put(tmp_path, "default", "a", "w8a8")
+    put(tmp_path, "default", "b", "w8a8")
+    put(tmp_path, "mine", "c", "w8a8", models=["Mine"])
+    path = put(tmp_path, "mine", "d", "w8a8", models=["Mine"], score=1)
+    path.write_text(path.read_text().replace("modelslim_v1", "multimodal_vlm_modelslim_v1"))
+    library = PracticeLibrary([tmp_path])
+    assert library.select("default", "Mine", "w8a8", takes=takes).practice.config_id == "a"
+    assert library.select("mine", "Mine", "w8a8", takes=takes).practice.config_id == "c"

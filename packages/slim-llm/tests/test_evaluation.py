@@ -208,3 +208,16 @@ def test_a_missing_tensor_of_the_output(
     description.write_text(json.dumps(types))
     with pytest.raises(SlimError, match=r"model\.layers\.0\.mlp\.up_proj: layers of type 'W3A3' cannot be read"):
         evaluate(model_folder("llama"), text, tmp_path / "out")
+
+
+def test_files_of_another_model(model_folder: ModelFolder, output: ModelFolder, text: Path, tmp_path: Path) -> None:
+    import json
+    import shutil
+
+    shutil.copytree(output("llama", "static"), tmp_path / "out")
+    config = tmp_path / "out" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "num_hidden_layers": 1}))
+    with pytest.raises(
+        SlimError, match=r"out: the files were written for another model: model\.layers\.1\..* not there"
+    ):
+        evaluate(model_folder("llama"), text, tmp_path / "out")

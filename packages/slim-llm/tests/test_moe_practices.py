@@ -29,7 +29,11 @@ from slim_llm.service import LlmService
 ROOT = Path(__file__).parents[3]
 BENCHMARKS = ROOT / "benchmarks"
 DENSE = ("default", "llama", "qwen1_5", "qwen2", "qwen2_5", "qwen3", "qwq")
-FILES = [path for path in sorted((ROOT / "lab_practice").glob("*/*.yaml")) if path.parent.name not in DENSE]
+FILES = [
+    path
+    for path in sorted((ROOT / "lab_practice").glob("*/*.yaml"))
+    if path.parent.name not in DENSE and "apiversion: modelslim_v1\n" in path.read_text("utf-8")
+]
 QUICK = ("deepseek-v2-w8a16", "deepseek-v3-w4a8c8", "deepseek-v4-w8a8", "glm-5-w4a4c8", "gpt-oss-w4a8", "llama4-w8a8")
 QUICK += ("longcat-flash-w8a8", "minimax-m2-w4a8", "mixtral-w8a8c8", "phimoe-w8a8", "qwen3-moe-w4a4", "qwen3-next-w4a8")
 # What transformers calls a family, where the folder has another name; Kimi-K2 is built as DeepSeek-V3 is.

@@ -41,8 +41,8 @@ def match_practice(
     """The practice that the library has for a model type, by the rules of :meth:`PracticeLibrary.select`.
 
     Args:
-        model_path: the folder of the model. Where the library has but fall-backs, one is chosen that can take it; without
-            the folder it is the one for language models.
+        model_path: the folder of the model. Of several fall-backs, one is chosen whose service takes it; without a
+            folder, the score decides.
 
     Raises:
         SchemaValidateError, UnsupportedError: as there.

@@ -81,7 +81,7 @@ class EvalRequest(BaseModel):
     dataset: str | None = Field(None, description="Images with prompts and answers to score, as in a recipe's dataset")
     device: str = Field("npu", description="Device: npu, cuda, cpu, with an index if wanted")
     sequence_length: int = Field(512, ge=8, description="Tokens per scored window")
-    max_windows: int | None = Field(None, ge=1, description="Score only the first windows")
+    max_windows: int | None = Field(None, ge=1, description="Score only the first windows, or samples")
     trust_remote_code: bool = Field(False, description="Run Python code that ships with the model: True or False")
 
 

@@ -22,6 +22,23 @@ from slim_core.recipe import (
 pytestmark = pytest.mark.usefixtures("install")
 
 
+def test_remarks_are_placed_in_the_file(mixed, write):
+    path = write(mixed)
+    recipe, text = load_recipe(path), path.read_text().splitlines()
+    remarks = recipe.placed(["process[1].configs[0].qconfig: odd", "process[0] is odd", "nowhere.at[3].all: odd"])
+    places = [remark.removeprefix(f"{path}:").partition(": ") for remark in remarks]
+    assert [rest for _, _, rest in places] == [
+        "spec.process[1].configs[0].qconfig: odd",
+        "spec.process[0] is odd",
+        "spec.nowhere.at[3].all: odd",
+    ]
+    qconfig, smooth, spec = (text[int(line) - 1] for line, _, _ in places)
+    assert "qconfig:" in qconfig
+    assert "iter_smooth" in smooth
+    assert spec == "spec:"
+    assert recipe_from_dict({"apiversion": "x", "spec": {}}).placed(["a: b"]) == ["<recipe>: spec.a: b"]
+
+
 def test_a_recipe_of_the_guide(mixed, write):
     recipe = load_recipe(write(mixed))
     assert recipe.apiversion == "modelslim_v1"

@@ -17,7 +17,8 @@ from slim_core.errors import InvalidModelError, UnsupportedError
 __all__ = ["open_processor"]
 
 _PIXTRAL = "transformers.models.pixtral"
-_NAMING_FILES = ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json")
+_SETTINGS = ("processor_config.json", "preprocessor_config.json")
+_NAMING_FILES = (*_SETTINGS, "tokenizer_config.json")
 
 
 def open_processor(folder: Path, *, trust_remote_code: bool = False) -> Any:
@@ -26,11 +27,17 @@ def open_processor(folder: Path, *, trust_remote_code: bool = False) -> Any:
     Without torchvision the processor takes pictures and no videos; in all else it is the same.
 
     Raises:
-        InvalidModelError: files of the processor are missing or cannot be read.
+        InvalidModelError: files of the processor are missing or cannot be read, or there is no chat template.
         UnsupportedError: the image processor of this family exists for torchvision only, and that is not installed.
     """
     from transformers import AutoProcessor
 
+    if not any((folder / name).exists() for name in _SETTINGS):
+        raise InvalidModelError(
+            f"there is no {' and no '.join(_SETTINGS)}, so nothing says what the model makes of pictures",
+            where=str(folder),
+            remedy="copy the processor files of the model into the folder",
+        )
     try:
         try:
             found: Any = AutoProcessor.from_pretrained(
@@ -54,7 +61,28 @@ def open_processor(folder: Path, *, trust_remote_code: bool = False) -> Any:
             where=str(folder),
             remedy="copy the model's preprocessor_config.json or processor_config.json into the folder",
         )
+    _check_texts(found, folder)
     return found
+
+
+def _check_texts(processor: Any, folder: Path) -> None:
+    """Refuse a tokenizer without its files, which transformers lets pass, and a missing chat template."""
+    from transformers import ProcessorMixin
+
+    tokenizer = getattr(processor, "tokenizer", None)
+    if tokenizer is not None and tokenizer("What?")["input_ids"] == tokenizer("Describe it.")["input_ids"]:
+        raise InvalidModelError(
+            "the tokenizer makes the same of every text, so its files are missing",
+            where=str(folder),
+            remedy="copy the tokenizer files into the model folder",
+        )
+    inherited = getattr(type(processor), "apply_chat_template", None) is ProcessorMixin.apply_chat_template
+    if inherited and not processor.chat_template:
+        raise InvalidModelError(
+            "the model has no chat template, which says where in a prompt a picture stands",
+            where=str(folder),
+            remedy="copy its chat_template.jinja or chat_template.json into the folder",
+        )
 
 
 def _without_torchvision(folder: Path) -> Any:

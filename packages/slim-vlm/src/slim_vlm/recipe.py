@@ -2,24 +2,43 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, cast
 
-from pydantic import AfterValidator, Field, field_validator
-from pydantic_core import PydanticCustomError
+from pydantic import (
+    AfterValidator,
+    Field,
+    ModelWrapValidatorHandler,
+    PrivateAttr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import InitErrorDetails, PydanticCustomError
 
-from slim_core.recipe import Dataset, DatasetConfig, PriorStage, Recipe, SpecV1
+from slim_core.recipe import Dataset, DatasetConfig, PriorStage, SpecV1
 
-__all__ = ["SpecVlm", "read_spec"]
+__all__ = ["SpecVlm"]
 
 _RUNNER = "layer_wise"
+_DEFAULT = DatasetConfig(path="calibImages")
+
+
+def _problems(value: DatasetConfig, *place: str | int) -> list[InitErrorDetails]:
+    """What would cut pictures in two, or need padding between samples of different sizes."""
+    found: list[InitErrorDetails] = []
+    if value.max_length is not None:
+        text = PydanticCustomError("cut_images", "it would cut through the tokens of an image; leave it out")
+        found.append(InitErrorDetails(type=text, loc=(*place, "max_length"), input=value.max_length))
+    if value.batch_size != 1:
+        text = PydanticCustomError("image_batches", "must be 1: images differ in size, one runs at a time")
+        found.append(InitErrorDetails(type=text, loc=(*place, "batch_size"), input=value.batch_size))
+    return found
 
 
 def _images(value: DatasetConfig) -> DatasetConfig:
-    """Refuse what would cut pictures in two, or need padding between samples of different sizes."""
-    if value.max_length is not None:
-        raise PydanticCustomError("cut_images", "max_length would cut through the tokens of an image; leave it out")
-    if value.batch_size != 1:
-        raise PydanticCustomError("image_batches", "batch_size must be 1: images differ in size, one runs at a time")
+    if problems := _problems(value):
+        raise ValidationError.from_exception_data("dataset", problems)
     return value
 
 
@@ -33,16 +52,29 @@ class SpecVlm(SpecV1):
     ``runner`` takes what ``modelslim_v1`` takes, and becomes ``layer_wise``.
     """
 
+    runner: Literal["auto", "layer_wise", "dp_layer_wise", "model_wise"] = Field(
+        default=_RUNNER, description="How layers are scheduled: whatever is given, one at a time"
+    )
     default_text: str = Field(
         default="Describe this image in detail.",
         max_length=10_000,
         description="Prompt for images that come without one",
     )
     dataset: Images = Field(
-        default=DatasetConfig(path="calibImages"),
+        default=_DEFAULT,
         description="Calibration set: a name in lab_calib, a folder of images, one with a JSON or JSONL file beside "
         "them, or such a file. Default: calibImages",
     )
+
+    _asked: str = PrivateAttr(default=_RUNNER)
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _remember_the_runner(cls, data: Any, handler: ModelWrapValidatorHandler[SpecVlm]) -> SpecVlm:
+        spec = handler(data)
+        if isinstance(data, Mapping):
+            spec._asked = cast("Mapping[str, Any]", data).get("runner", _RUNNER)
+        return spec
 
     @field_validator("runner")
     @classmethod
@@ -52,9 +84,14 @@ class SpecVlm(SpecV1):
     @field_validator("prior")
     @classmethod
     def _on_images_too(cls, stages: tuple[PriorStage, ...]) -> tuple[PriorStage, ...]:
-        for stage in stages:
-            if stage.dataset is not None:
-                _images(stage.dataset)
+        problems = [
+            problem
+            for i, stage in enumerate(stages)
+            if stage.dataset is not None
+            for problem in _problems(stage.dataset, i, "dataset")
+        ]
+        if problems:
+            raise ValidationError.from_exception_data("prior", problems)
         return stages
 
     @field_validator("default_text")
@@ -64,16 +101,11 @@ class SpecVlm(SpecV1):
             raise PydanticCustomError("empty_prompt", "must not be empty; leave it out for the default prompt")
         return value
 
+    def coercions(self) -> list[str]:
+        """What was given and is not what counts, as :meth:`warnings` has it."""
+        if self._asked == _RUNNER:
+            return []
+        return [f"runner: {self._asked!r} becomes {_RUNNER!r}, the only one for vision-language models"]
 
-def read_spec(recipe: Recipe) -> tuple[SpecVlm, list[str]]:
-    """``spec`` of a recipe, and warnings about what it says.
-
-    Raises:
-        SchemaValidateError: it does not fit; names every problem with line and field.
-    """
-    spec = recipe.spec(SpecVlm)
-    runner = recipe.raw_spec.get("runner", _RUNNER)
-    if runner == _RUNNER:
-        return spec, []
-    where = recipe.document.where(("spec", "runner"))
-    return spec, [f"{where}: runner {runner!r} becomes {_RUNNER!r}, the only one for vision-language models"]
+    def warnings(self) -> list[str]:
+        return [*self.coercions(), *super().warnings()]

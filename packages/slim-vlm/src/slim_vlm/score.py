@@ -65,6 +65,12 @@ def score(request: EvalRequest, progress: Progress) -> EvalResult:
     """Perplexity of answers, given images and prompts, or of a text; of a model and, if ``request.quantized`` is given,
     of the files written for it.
     """
+    if request.dataset is None and request.text is None:
+        raise InvalidDatasetError(
+            "nothing to score",
+            where="--dataset",
+            remedy="give pictures with prompts and answers, or a UTF-8 text file with --text",
+        )
     devices = resolve_devices(request.device, explicit="device" in request.model_fields_set)
     trust = request.trust_remote_code
     model = open_vlm(request.model_path, trust_remote_code=trust)

@@ -47,6 +47,12 @@ class ModelKind:
 
 
 CAUSAL_LM = ModelKind("causal language model", "AutoModelForCausalLM", "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES")
+# Where a model may be looked for that is not of the kind that was expected: tables, and who quantizes what is in them.
+_SERVED = {
+    CAUSAL_LM.names: "it is a language model, which recipes of modelslim_v1 quantize",
+    "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES": "it is a vision-language model, which recipes of "
+    "multimodal_vlm_modelslim_v1 quantize",
+}
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -110,7 +116,7 @@ def open_skeleton(
         raise UnsupportedError(
             f"this transformers does not know model_type {config.get('model_type')!r} as a {kind.what}",
             where=str(folder / "config.json"),
-            remedy="upgrade transformers, or check the file",
+            remedy=_served_elsewhere(config) or "upgrade transformers, or check the file",
         )
     try:
         parsed = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
@@ -133,6 +139,13 @@ def open_skeleton(
         ) from error
     take_experts_apart(module, expert_spelling(module))
     return module
+
+
+def _served_elsewhere(config: Mapping[str, Any]) -> str | None:
+    from transformers.models.auto import modeling_auto
+
+    kind = str(config.get("model_type"))
+    return next((told for names, told in _SERVED.items() if kind in getattr(modeling_auto, names)), None)
 
 
 def open_model(folder: Path, *, trust_remote_code: bool = False, kind: ModelKind = CAUSAL_LM) -> StreamedModel:
