@@ -20,13 +20,25 @@ ROOT = Path(__file__).parents[1]
 RECIPE = ROOT / "lab_practice" / "qwen3_vl_moe" / "qwen3_vl_moe_w8a8.yaml"
 PATCH = 16
 TEXT = {
-    **{"hidden_size": 1024, "moe_intermediate_size": 512, "num_hidden_layers": 8, "num_experts": 32},
-    **{"num_experts_per_tok": 4, "num_attention_heads": 16, "num_key_value_heads": 4, "head_dim": 64},
+    "hidden_size": 1024,
+    "moe_intermediate_size": 512,
+    "num_hidden_layers": 8,
+    "num_experts": 32,
+    "num_experts_per_tok": 4,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 4,
+    "head_dim": 64,
     "rope_scaling": {"rope_type": "default", "mrope_interleaved": True, "mrope_section": [12, 10, 10]},
 }
 VISION = {
-    **{"depth": 12, "hidden_size": 768, "intermediate_size": 3072, "num_heads": 12, "out_hidden_size": 1024},
-    **{"patch_size": PATCH, "deepstack_visual_indexes": [3, 6, 9], "num_position_embeddings": 2304},
+    "depth": 12,
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_heads": 12,
+    "out_hidden_size": 1024,
+    "patch_size": PATCH,
+    "deepstack_visual_indexes": [3, 6, 9],
+    "num_position_embeddings": 2304,
 }
 _WORKER = """
 import json, os, sys, time
@@ -41,7 +53,6 @@ model, out, recipe, ahead = sys.argv[1:5]
 os.fsync = lambda fd: None
 if ahead == "no":  # every sample is made when it is asked for, while nothing else is done
     slim_vlm.inputs.ImageInputs.__getitem__ = lambda self, at: self._preparation.inputs(self._samples[at])
-    slim_vlm.inputs.ImageInputs.__iter__ = None
 shape = dict(hidden_size=1024, intermediate_size=4096, num_attention_heads=16, num_key_value_heads=8, head_dim=128)
 warm = Qwen3ForCausalLM(Qwen3Config(vocab_size=64, num_hidden_layers=1, **shape)).bfloat16()
 with torch.no_grad():
@@ -99,7 +110,8 @@ def main() -> None:
     told, cost = found["yes"][0]
     limit = (told["tower_bytes"] + 2.0 * told["unit_bytes"] + told["activations"]) / mib
     print(
-        f"peak beyond the process {max(cost.growth for _, cost in found['yes']):.0f} MiB, predicted {cost.predicted:.0f}; "
+        f"peak beyond the process {max(cost.growth for _, cost in found['yes']):.0f} MiB, "
+        f"predicted {cost.predicted:.0f}; "
         f"tower {told['tower_bytes'] / mib:.0f} + 2 x {told['unit_bytes'] / mib:.0f} "
         f"+ activations {told['activations'] / mib:.0f} = {limit:.0f} MiB"
     )

@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 from typing_extensions import is_typeddict
 
 from slim_core.errors import SlimError
-from slim_core.model.units import StreamedModel
+from slim_core.model.streamed import StreamedModel
 from slim_core.options import options_of
 from slim_core.progress import SilentProgress
 from slim_core.quantization.affine import dequantize, quantize

@@ -15,7 +15,7 @@ from slim_core.devices import Devices
 from slim_core.evaluation.inspect import inspect_folder
 from slim_core.evaluation.report import write_report
 from slim_core.evaluation.verify import verify_folder
-from slim_core.model.units import StreamedModel
+from slim_core.model.streamed import StreamedModel
 from slim_core.progress import SilentProgress
 from slim_core.recipe import SpecV1
 from slim_core.runners.plan import make_plan

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from slim_core.evaluation.verify import verify_folder
 from slim_core.model.experts import expert_layers
-from slim_core.model.units import StreamedModel
+from slim_core.model.streamed import StreamedModel
 from slim_core.processors.linear_quant import LinearQuant
 from slim_core.progress import SilentProgress
 from slim_core.quantization.statistics import InputObserver

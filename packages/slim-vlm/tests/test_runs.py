@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText
 
 from slim_core.errors import SlimError
-from slim_core.model.units import StreamedModel
+from slim_core.model.streamed import StreamedModel
 from slim_core.progress import SilentProgress
 from slim_core.runners.calibration import BlockForwards
 from slim_core.service import EvalRequest

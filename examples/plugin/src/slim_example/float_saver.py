@@ -9,7 +9,8 @@ from typing import Any, Literal
 
 from slim_core.checkpoint.source import TensorMeta
 from slim_core.checkpoint.writer import lay_out
-from slim_core.model.units import LinearInfo, StreamedModel
+from slim_core.model.streamed import StreamedModel
+from slim_core.model.units import LinearInfo
 from slim_core.processors.base import Assignment, AttentionAssignment, Extras
 from slim_core.quantization.layers import QuantizedLinear
 from slim_core.recipe import SaverConfig

@@ -18,7 +18,7 @@ from slim_core.devices import resolve_devices
 from slim_core.errors import UnsupportedError
 from slim_core.fingerprint import fingerprint
 from slim_core.model.skeleton import parameters_on_meta
-from slim_core.model.units import StreamedModel
+from slim_core.model.streamed import StreamedModel
 from slim_core.progress import Progress
 from slim_core.recipe import Recipe, SpecV1, dump_recipe
 from slim_core.runners.plan import Plan, make_plan

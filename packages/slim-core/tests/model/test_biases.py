@@ -13,7 +13,8 @@ from slim_core.checkpoint.reader import Checkpoint
 from slim_core.errors import UnsupportedError
 from slim_core.model.biases import drop_bias, expect_bias, take_stored_biases
 from slim_core.model.skeleton import parameters_on_meta
-from slim_core.model.units import Addition, StreamedModel
+from slim_core.model.streamed import StreamedModel
+from slim_core.model.units import Addition
 from slim_core.model.weights import Edit, UnitWeights
 
 CPU = torch.device("cpu")

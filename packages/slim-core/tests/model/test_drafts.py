@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from slim_core.checkpoint.reader import Checkpoint
 from slim_core.model.skeleton import parameters_on_meta
-from slim_core.model.units import LinearInfo, StreamedModel, Unit
+from slim_core.model.streamed import StreamedModel
+from slim_core.model.units import LinearInfo, Unit
 
 
 class Dense(nn.Module):

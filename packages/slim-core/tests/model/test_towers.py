@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from slim_core.checkpoint.reader import Checkpoint
 from slim_core.errors import InvalidModelError
 from slim_core.model.skeleton import parameters_on_meta
+from slim_core.model.streamed import StreamedModel
 from slim_core.model.suspended import SuspendedForward
 from slim_core.model.tower_inputs import TowerInputs
-from slim_core.model.units import StreamedModel
 from slim_core.runners.calibration import BlockForwards
 
 CPU = torch.device("cpu")

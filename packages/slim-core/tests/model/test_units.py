@@ -15,7 +15,8 @@ from slim_core.checkpoint.joined import JoinedSource
 from slim_core.checkpoint.reader import Checkpoint
 from slim_core.errors import InvalidModelError
 from slim_core.model.skeleton import parameters_on_meta
-from slim_core.model.units import StreamedModel, Unit
+from slim_core.model.streamed import StreamedModel
+from slim_core.model.units import Unit
 
 CPU = torch.device("cpu")
 

@@ -16,8 +16,8 @@ from torch.nn import functional
 from slim_core.checkpoint.reader import Checkpoint
 from slim_core.errors import InvalidModelError, UnsupportedError
 from slim_core.model.skeleton import parameters_on_meta
+from slim_core.model.streamed import StreamedModel
 from slim_core.model.structure import discover
-from slim_core.model.units import StreamedModel
 from slim_core.rotation.matrices import Hadamard
 from slim_core.rotation.model import RotatedModel, rotate_model
 from slim_core.rotation.online_places import OnlineChoice

@@ -13,7 +13,8 @@ from torch import nn
 from slim_core.checkpoint.source import TensorMeta
 from slim_core.memory import KEPT_BY_THE_HEAP
 from slim_core.model.experts import ExpertLayer
-from slim_core.model.units import LinearInfo, StreamedModel, Unit
+from slim_core.model.streamed import StreamedModel
+from slim_core.model.units import LinearInfo, Unit
 from slim_core.processors.base import Assignment, Processor
 from slim_core.processors.float_sparse import FloatSparse, FloatSparseConfig
 from slim_core.processors.linear_quant import LinearQuant, LinearQuantConfig

@@ -14,7 +14,8 @@ from slim_core.checkpoint.reader import Checkpoint
 from slim_core.checkpoint.source import TensorMeta
 from slim_core.errors import InvalidModelError, SchemaValidateError, UnsupportedError, VerificationError
 from slim_core.model.skeleton import parameters_on_meta
-from slim_core.model.units import LinearInfo, StreamedModel
+from slim_core.model.streamed import StreamedModel
+from slim_core.model.units import LinearInfo
 from slim_core.processors.base import Assignment
 from slim_core.quantization.kinds import LayerForm, LayerKind
 from slim_core.quantization.layers import DynamicInt, StaticInt8, WeightOnlyInt

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from slim_core.checkpoint.reader import Checkpoint
 from slim_core.errors import UnexpectedError
 from slim_core.model.skeleton import parameters_on_meta
+from slim_core.model.streamed import StreamedModel
 from slim_core.model.subgraphs import Subgraph
-from slim_core.model.units import Addition, StreamedModel
+from slim_core.model.units import Addition
 from slim_core.model.weights import Edit, UnitWeights, WeightView
 from slim_core.quantization.weights import InMemory
 from slim_core.smoothing.scales import FLOOR, Smoothing, column_maxima, edits_of, power_scale

@@ -14,7 +14,7 @@ from slim_core.checkpoint.staging import check_target
 from slim_core.devices import Devices, resolve_devices
 from slim_core.evaluation.report import write_report
 from slim_core.fingerprint import fingerprint
-from slim_core.model.units import StreamedModel
+from slim_core.model.streamed import StreamedModel
 from slim_core.progress import Progress
 from slim_core.recipe import Recipe, SpecV1, dump_recipe
 from slim_core.recipe.schema import DatasetConfig

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from functools import cached_property, partial
 from typing import Any
 
-from slim_core.model.units import StreamedModel
+from slim_core.model.streamed import StreamedModel
 from slim_core.progress import Progress
 from slim_core.recipe import Recipe
 from slim_core.recipe.schema import DatasetConfig

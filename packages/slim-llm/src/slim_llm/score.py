@@ -11,7 +11,7 @@ from slim_core.devices import resolve_devices
 from slim_core.errors import InvalidDatasetError, UnsupportedError
 from slim_core.evaluation.perplexity import EvalResult, evaluate
 from slim_core.model.biases import take_stored_biases
-from slim_core.model.units import StreamedModel
+from slim_core.model.streamed import StreamedModel
 from slim_core.progress import Progress
 from slim_core.rotation.inputs import install, read_input_rotations
 from slim_core.savers.ascendv1_folder import AscendV1Folder

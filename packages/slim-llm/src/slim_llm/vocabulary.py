@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from slim_core.errors import InvalidModelError
-from slim_core.model.units import StreamedModel
+from slim_core.model.streamed import StreamedModel
 
 __all__ = ["check_token_ids", "example_input", "max_positions"]
 

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from slim_core.model.units import StreamedModel
+from slim_core.model.streamed import StreamedModel
 from slim_llm.models.loading import open_model
 
 

@@ -26,7 +26,8 @@ from transformers.core_model_loading import (
 from slim_core.checkpoint.reader import Checkpoint
 from slim_core.checkpoint.sliced import SlicedSource
 from slim_core.errors import InvalidModelError, UnsupportedError
-from slim_core.model.units import LinearInfo, StreamedModel
+from slim_core.model.streamed import StreamedModel
+from slim_core.model.units import LinearInfo
 from slim_llm.models import conversions
 from slim_llm.models.loading import open_model
 

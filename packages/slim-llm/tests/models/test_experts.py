@@ -16,7 +16,7 @@ from transformers.core_model_loading import (
 from slim_core.checkpoint.reader import Checkpoint
 from slim_core.checkpoint.sliced import SlicedSource
 from slim_core.model.linears import is_linear
-from slim_core.model.units import StreamedModel
+from slim_core.model.streamed import StreamedModel
 from slim_llm.models.experts import experts_apart, take_experts_apart
 from slim_llm.models.loading import open_model
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
+from slim_core.model.streamed import StreamedModel
 from slim_core.model.tower_inputs import TowerInputs
-from slim_core.model.units import StreamedModel
 from slim_core.recipe.schema import DatasetConfig
 from slim_core.runners.prediction import TowerLoad
 from slim_llm.vocabulary import example_input

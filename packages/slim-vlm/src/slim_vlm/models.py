@@ -13,8 +13,8 @@ from torch import nn
 
 from slim_core.errors import SlimError
 from slim_core.logging import get_logger
+from slim_core.model.streamed import StreamedModel
 from slim_core.model.suspended import SuspendedForward
-from slim_core.model.units import StreamedModel
 from slim_llm.models.loading import ModelKind, open_model
 from slim_vlm.preparation import Preparation
 

@@ -9,8 +9,8 @@ from typing import Any
 from PIL import Image
 
 from slim_core.errors import InvalidDatasetError, InvalidModelError, SlimError
+from slim_core.model.streamed import StreamedModel
 from slim_core.model.tower_inputs import TowerInputs
-from slim_core.model.units import StreamedModel
 from slim_llm.vocabulary import check_token_ids
 from slim_vlm.dataset import ImageSample
 from slim_vlm.images import open_image

@@ -12,7 +12,7 @@ from torch import Tensor
 from slim_core.devices import resolve_devices
 from slim_core.errors import InvalidDatasetError
 from slim_core.evaluation.perplexity import EvalResult, evaluate
-from slim_core.model.units import StreamedModel
+from slim_core.model.streamed import StreamedModel
 from slim_core.progress import Progress
 from slim_core.savers.ascendv1_folder import AscendV1Folder
 from slim_core.service import EvalRequest

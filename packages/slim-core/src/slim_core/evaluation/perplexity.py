@@ -18,7 +18,8 @@ from torch.nn import functional
 
 from slim_core.errors import InvalidModelError, UnsupportedError
 from slim_core.model.skeleton import named_modules
-from slim_core.model.units import StreamedModel, Unit
+from slim_core.model.streamed import StreamedModel
+from slim_core.model.units import Unit
 from slim_core.progress import Progress
 from slim_core.quantization.attention import QuantizedAttention
 from slim_core.quantization.layers import QuantizedLinear

@@ -16,7 +16,8 @@ from slim_core.checkpoint.header import StoredTensor
 from slim_core.checkpoint.source import TensorMeta, TensorSource
 from slim_core.memory import give_back_freed_memory
 from slim_core.model.experts import ExpertLayer, expert_layers
-from slim_core.model.units import StreamedModel, Unit
+from slim_core.model.streamed import StreamedModel
+from slim_core.model.units import Unit
 from slim_core.model.weights import UnitWeights
 
 __all__ = ["ExpertsOnCall", "ReadInTurn", "loaded", "parameters_of_experts"]

@@ -17,10 +17,11 @@ from slim_core.checkpoint.source import LazyTensor
 from slim_core.errors import InvalidModelError, UnsupportedError
 from slim_core.model.residual import BlockTrial, Seen, watched
 from slim_core.model.skeleton import named_modules
+from slim_core.model.streamed import StreamedModel
 from slim_core.model.structure import kind_of
 from slim_core.model.subgraphs import is_norm
 from slim_core.model.suspended import BlockCall, SuspendedForward
-from slim_core.model.units import StreamedModel, Unit
+from slim_core.model.units import Unit
 from slim_core.model.wide import hidden_of, widened, with_hidden
 
 __all__ = ["Passage", "in_shell", "pass_through", "values_of"]

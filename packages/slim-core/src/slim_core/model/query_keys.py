@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from slim_core.errors import SpecError
 from slim_core.model.attention import AttentionInfo
 from slim_core.model.changes import changed, enlarging
-from slim_core.model.units import StreamedModel
+from slim_core.model.streamed import StreamedModel
 
 __all__ = ["KeyFindings", "QueryKey", "Side", "find_query_key", "query_key_candidates"]
 

@@ -19,9 +19,10 @@ from slim_core.model.expert_weights import loaded
 from slim_core.model.probing import BlockProbe, Findings
 from slim_core.model.query_keys import KeyFindings, QueryKey, Side, find_query_key
 from slim_core.model.skeleton import named_modules
+from slim_core.model.streamed import StreamedModel
 from slim_core.model.subgraphs import Subgraph
 from slim_core.model.suspended import SuspendedForward
-from slim_core.model.units import StreamedModel, Unit
+from slim_core.model.units import Unit
 from slim_core.recipe import NameFilter
 
 __all__ = ["Structure", "discover", "kind_of"]

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from slim_core.checkpoint.source import LazyTensor, TensorMeta, TensorSource
 from slim_core.errors import UnexpectedError
-from slim_core.model.units import StreamedModel, Unit
+from slim_core.model.streamed import StreamedModel
+from slim_core.model.units import Unit
 
 __all__ = ["Edit", "UnitWeights", "WeightView"]
 

@@ -24,7 +24,8 @@ from torch import Tensor
 
 from slim_core.errors import UnexpectedError, UnsupportedError
 from slim_core.logging import get_logger
-from slim_core.model.units import LinearInfo, StreamedModel
+from slim_core.model.streamed import StreamedModel
+from slim_core.model.units import LinearInfo
 from slim_core.processors.base import Processor
 from slim_core.processors.rotating import BlockSize, PowerOfTwo, Rotating, RotatingConfig
 from slim_core.recipe import ProcessorConfig

@@ -19,8 +19,9 @@ from torch import Tensor
 from slim_core.checkpoint.source import LazyTensor
 from slim_core.model.attention import AttentionInfo
 from slim_core.model.block_run import BlockRun
+from slim_core.model.streamed import StreamedModel
 from slim_core.model.structure import Structure
-from slim_core.model.units import Addition, LinearInfo, StreamedModel
+from slim_core.model.units import Addition, LinearInfo
 from slim_core.model.weights import UnitWeights, WeightView
 from slim_core.quantization.attention import AttentionForm, QuantizedAttention
 from slim_core.quantization.kinds import LayerForm, LayerKind

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from slim_core.errors import UnsupportedError
 from slim_core.model.query_keys import QueryKey
+from slim_core.model.streamed import StreamedModel
 from slim_core.model.structure import Structure
-from slim_core.model.units import StreamedModel
 from slim_core.processors.base import AttentionState, Processor, UnitWork
 from slim_core.processors.smoothing import some_reasons
 from slim_core.recipe import Exclude, Include, NameFilter, Phase, ProcessorConfig

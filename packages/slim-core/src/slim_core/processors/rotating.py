@@ -12,8 +12,8 @@ from pydantic_core import PydanticCustomError
 from torch import Tensor
 
 from slim_core.errors import UnexpectedError, UnsupportedError
+from slim_core.model.streamed import StreamedModel
 from slim_core.model.structure import discover
-from slim_core.model.units import StreamedModel
 from slim_core.processors.base import Example, Extras, Processor
 from slim_core.recipe import Phase, ProcessorConfig
 from slim_core.rotation.matrices import Rotation

@@ -12,9 +12,10 @@ from pydantic import Field, field_validator
 
 from slim_core.errors import UnsupportedError
 from slim_core.logging import get_logger
+from slim_core.model.streamed import StreamedModel
 from slim_core.model.structure import Structure
 from slim_core.model.subgraphs import SUBGRAPH_TYPES, Subgraph
-from slim_core.model.units import Addition, LinearInfo, StreamedModel
+from slim_core.model.units import Addition, LinearInfo
 from slim_core.processors.base import Assignment, AttentionState, Processor, UnitWork
 from slim_core.quantization.statistics import InputStatistics, Need
 from slim_core.recipe import Exclude, Include, NameFilter, Phase, ProcessorConfig

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
+from slim_core.model.streamed import StreamedModel
 from slim_core.model.subgraphs import Subgraph
-from slim_core.model.units import StreamedModel
 from slim_core.rotation.matrices import Concatenated, Rotation
 from slim_core.rotation.steps import Steps
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from slim_core.errors import UnsupportedError
 from slim_core.model.passage import Passage, values_of
 from slim_core.model.residual import norm_defect
+from slim_core.model.streamed import StreamedModel
 from slim_core.model.subgraphs import Subgraph, is_norm
-from slim_core.model.units import StreamedModel
 from slim_core.rotation.matrices import Rotation
 from slim_core.rotation.steps import Steps
 

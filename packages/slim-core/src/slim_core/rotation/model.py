@@ -20,8 +20,9 @@ from slim_core.checkpoint.source import LazyTensor, TensorSource
 from slim_core.errors import UnsupportedError
 from slim_core.model.passage import Passage, pass_through
 from slim_core.model.residual import BlockRoles, BlockTrial, find_roles
+from slim_core.model.streamed import StreamedModel
 from slim_core.model.structure import Structure
-from slim_core.model.units import StreamedModel, Unit
+from slim_core.model.units import Unit
 from slim_core.rotation.drafts import known_drafts
 from slim_core.rotation.ends import Ends, find_ends
 from slim_core.rotation.inputs import InputRotation, InputRotations, install

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 
 from slim_core.errors import UnsupportedError
 from slim_core.model.residual import BlockRoles
+from slim_core.model.streamed import StreamedModel
 from slim_core.model.structure import Structure
-from slim_core.model.units import StreamedModel, Unit
+from slim_core.model.units import Unit
 from slim_core.rotation.matrices import Kronecker
 from slim_core.rotation.online import down_rotation, heads_rotation, shard_refusal
 from slim_core.rotation.steps import head_columns

@@ -14,8 +14,8 @@ from slim_core.errors import UnsupportedError
 from slim_core.model.passage import Passage, in_shell
 from slim_core.model.residual import Seen, watched
 from slim_core.model.skeleton import named_modules
+from slim_core.model.streamed import StreamedModel
 from slim_core.model.suspended import SuspendedForward
-from slim_core.model.units import StreamedModel
 from slim_core.model.wide import hidden_of
 
 __all__ = ["find_tower_writers"]

@@ -14,9 +14,10 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from slim_core.model.attention import Tap
 from slim_core.model.skeleton import stand_in
+from slim_core.model.streamed import StreamedModel
 from slim_core.model.suspended import BlockCall, SuspendedForward
 from slim_core.model.tower_inputs import TowerInputs
-from slim_core.model.units import StreamedModel, Unit
+from slim_core.model.units import Unit
 from slim_core.quantization.attention import QuantizedAttention
 from slim_core.quantization.layers import QuantizedLinear, SimulatedLinear
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from slim_core.budget import UNLIMITED, MemoryBudget
 from slim_core.devices import Devices, free_device_memory, free_host_memory
 from slim_core.errors import UnsupportedError
-from slim_core.model.units import StreamedModel, Unit
+from slim_core.model.streamed import StreamedModel
+from slim_core.model.units import Unit
 
 __all__ = ["RunnerChoice", "choose_runner", "owned_bytes", "unit_bytes"]
 

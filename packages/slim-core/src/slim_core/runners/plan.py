@@ -10,8 +10,8 @@ from slim_core.budget import UNLIMITED, MemoryBudget
 from slim_core.devices import Devices
 from slim_core.errors import SlimError, UnsupportedError
 from slim_core.model.experts import ExpertLayer
+from slim_core.model.streamed import StreamedModel
 from slim_core.model.structure import discover
-from slim_core.model.units import StreamedModel
 from slim_core.processors.base import (
     Assignment,
     AttentionAssignment,

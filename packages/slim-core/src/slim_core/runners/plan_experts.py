@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 from slim_core.model.experts import ExpertLayer, expert_layers
-from slim_core.model.units import StreamedModel
+from slim_core.model.streamed import StreamedModel
 from slim_core.recipe.schema import DatasetConfig
 
 __all__ = ["ExpertQuota", "ExtraSamples", "PlannedExperts", "plan_experts"]

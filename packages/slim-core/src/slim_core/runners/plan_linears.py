@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from slim_core.errors import UnsupportedError
 from slim_core.model.attention import AttentionInfo
-from slim_core.model.units import LinearInfo, StreamedModel, Unit
+from slim_core.model.streamed import StreamedModel
+from slim_core.model.units import LinearInfo, Unit
 from slim_core.processors.base import Assignment, LinearRule
 from slim_core.quantization.attention import AttentionForm
 from slim_core.quantization.kinds import LayerForm, LayerKind

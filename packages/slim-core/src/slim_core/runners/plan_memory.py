@@ -9,7 +9,7 @@ from slim_core.budget import MemoryBudget
 from slim_core.devices import Devices
 from slim_core.errors import UnsupportedError
 from slim_core.model.experts import ExpertLayer
-from slim_core.model.units import StreamedModel
+from slim_core.model.streamed import StreamedModel
 from slim_core.runners.choice import unit_bytes
 from slim_core.runners.prediction import Share
 from slim_core.sizes import human_size

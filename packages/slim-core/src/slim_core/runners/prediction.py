@@ -16,7 +16,8 @@ import torch
 from slim_core.checkpoint.writer import QUEUE_BYTES
 from slim_core.model.expert_weights import parameters_of_experts
 from slim_core.model.experts import ExpertLayer, expert_layers
-from slim_core.model.units import LinearInfo, StreamedModel, Unit
+from slim_core.model.streamed import StreamedModel
+from slim_core.model.units import LinearInfo, Unit
 from slim_core.processors.base import Assignment, Processor
 from slim_core.quantization.statistics import Need
 from slim_core.quantization.statistics.histogram import BINS

@@ -16,7 +16,7 @@ from torch import Tensor
 from slim_core.errors import UnsupportedError
 from slim_core.logging import get_logger
 from slim_core.model.expert_weights import loaded
-from slim_core.model.units import StreamedModel
+from slim_core.model.streamed import StreamedModel
 from slim_core.processors.base import Processor, create_processor
 from slim_core.progress import Progress
 from slim_core.quantization.statistics import InputObserver, InputStatistics, Need

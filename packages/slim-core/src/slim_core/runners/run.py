@@ -19,7 +19,7 @@ from slim_core.checkpoint.writer import ShardedWriter
 from slim_core.errors import UnsupportedError, VerificationError
 from slim_core.logging import get_logger
 from slim_core.memory import give_back_freed_memory, peak_memory, resident_memory
-from slim_core.model.units import StreamedModel
+from slim_core.model.streamed import StreamedModel
 from slim_core.progress import Progress
 from slim_core.runners.calibration import BlockForwards
 from slim_core.runners.expert_tokens import starved_warning

@@ -14,7 +14,8 @@ from slim_core.checkpoint.writer import ShardedWriter
 from slim_core.memory import give_back_freed_memory
 from slim_core.model.expert_weights import ExpertsOnCall, ReadInTurn
 from slim_core.model.experts import ExpertLayer
-from slim_core.model.units import StreamedModel, Unit
+from slim_core.model.streamed import StreamedModel
+from slim_core.model.units import Unit
 from slim_core.model.weights import UnitWeights
 from slim_core.processors.base import AttentionState, AttentionWork, LinearWork, UnitWork
 from slim_core.quantization.attention import QuantizedAttention

@@ -15,7 +15,8 @@ from slim_core.checkpoint.source import TensorMeta
 from slim_core.checkpoint.writer import lay_out
 from slim_core.errors import InvalidModelError, UnsupportedError
 from slim_core.model.attention import AttentionInfo
-from slim_core.model.units import LinearInfo, StreamedModel, Unit
+from slim_core.model.streamed import StreamedModel
+from slim_core.model.units import LinearInfo, Unit
 from slim_core.processors.base import Assignment, AttentionAssignment, Extras
 from slim_core.quantization.affine import by_groups
 from slim_core.quantization.attention import AttentionForm, QuantizedAttention

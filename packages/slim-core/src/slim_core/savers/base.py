@@ -20,7 +20,8 @@ from slim_core.checkpoint.source import TensorMeta, TensorSource
 from slim_core.checkpoint.writer import Shard, ShardedWriter
 from slim_core.errors import UnsupportedError
 from slim_core.model.attention import AttentionInfo
-from slim_core.model.units import LinearInfo, StreamedModel, Unit
+from slim_core.model.streamed import StreamedModel
+from slim_core.model.units import LinearInfo, Unit
 from slim_core.model.weights import UnitWeights
 from slim_core.processors.base import Assignment, AttentionAssignment, Extras
 from slim_core.quantization.attention import QuantizedAttention

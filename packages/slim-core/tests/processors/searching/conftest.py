@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from slim_core.checkpoint.reader import Checkpoint
 from slim_core.model.probing import Findings
 from slim_core.model.skeleton import parameters_on_meta
+from slim_core.model.streamed import StreamedModel
 from slim_core.model.structure import Structure
 from slim_core.model.subgraphs import Subgraph
-from slim_core.model.units import StreamedModel
 from slim_core.model.weights import UnitWeights
 from slim_core.processors.base import UnitWork, create_processor
 from slim_core.processors.searching import SearchingSmoother

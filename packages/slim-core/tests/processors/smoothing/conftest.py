@@ -16,7 +16,7 @@ from torch.nn import functional
 from slim_core.checkpoint.reader import Checkpoint
 from slim_core.devices import resolve_devices
 from slim_core.model.skeleton import parameters_on_meta
-from slim_core.model.units import StreamedModel
+from slim_core.model.streamed import StreamedModel
 from slim_core.progress import SilentProgress
 from slim_core.recipe import recipe_from_dict
 from slim_core.runners.plan import Plan, make_plan

@@ -16,7 +16,7 @@ from slim_core.checkpoint.source import TensorSource
 from slim_core.errors import InvalidModelError, UnsupportedError
 from slim_core.model.adapter import find_adapter
 from slim_core.model.skeleton import find_blocks, named_modules, parameters_on_meta
-from slim_core.model.units import StreamedModel
+from slim_core.model.streamed import StreamedModel
 from slim_llm.models.host import say_host
 from slim_llm.models.own_code import failure_of_own_code, uses_own_code
 
