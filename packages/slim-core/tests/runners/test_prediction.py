@@ -207,10 +207,10 @@ def test_kernels_for_the_tokens_of_experts() -> None:
     """The library has those of float32 ready, and more tokens than in a sample need none."""
     waits = Calibration(0, tokens=256)
     half, full = (memory_shares(mixture(t)[0], LAYER_WISE, [], {}, {}, waits) for t in (torch.bfloat16, torch.float32))
-    assert half[-1].nbytes == 256 << 20
+    assert half[-1].nbytes == 128 << 20
     assert full[-1].nbytes == 0
     few = memory_shares(mixture(torch.bfloat16)[0], LAYER_WISE, [], {}, {}, Calibration(0, tokens=64))
-    assert few[-1].nbytes == 64 << 20
+    assert few[-1].nbytes == 32 << 20
     dense = memory_shares(model(), LAYER_WISE, [], {}, {}, waits)
     assert dense[-1].nbytes == 0
 
@@ -236,7 +236,7 @@ def test_images_wait_ahead_of_a_tower_and_nowhere_else() -> None:
         shares = memory_shares(of, LAYER_WISE, [], {}, {}, calibration)
         return sum(share.nbytes for share in shares if "images" in share.what)
 
-    assert images(once, seeing) == 4 * (3 << 20)
+    assert images(once, seeing) == 7 * (3 << 20)
     assert images(twice, seeing) == 90 << 20
     assert images(twice, source) == 0
     few = replace(once, towers=replace(load, tokens=2048))

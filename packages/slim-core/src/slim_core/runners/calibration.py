@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from slim_core.memory import give_back_freed_memory
 from slim_core.model.attention import Tap
 from slim_core.model.skeleton import stand_in
 from slim_core.model.streamed import StreamedModel
@@ -133,6 +134,8 @@ class BlockForwards:
                 kept.append(output)
             if hand_on:
                 self._resume(self._index(sample, stream), output)
+            if self._stop < len(self._model.towers):  # what images pass through is larger than what is left of them
+                give_back_freed_memory()
         return kept
 
     def _on_host(self, index: int) -> Any:

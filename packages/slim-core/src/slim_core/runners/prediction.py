@@ -34,10 +34,11 @@ _ROW_BLOCKS = 16 << 20
 # Kernels that the library compiles for half-precision products on the CPU and keeps, if every expert is given another
 # number of tokens, and what of the heap lies between them: so much for samples of 256 tokens and more. Measured with
 # two shapes of linears; they take most of it in the first block.
-_EXPERT_KERNELS, _EXPERT_TOKENS = 256 << 20, 256
+_EXPERT_KERNELS, _EXPERT_TOKENS = 128 << 20, 256
 # Tensors as wide as the widest linear that a block has in memory at once.
 _WIDE_TENSORS = 4
-_IMAGES_AT_ONCE = 4
+# Of the sample at work, of those that wait for it, and what making another takes besides.
+_IMAGES_AT_ONCE = 7
 
 
 @dataclass(frozen=True)
