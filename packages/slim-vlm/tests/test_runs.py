@@ -15,11 +15,13 @@ from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText
 
 from slim_core.errors import SlimError
+from slim_core.evaluation.verify import verify_folder
 from slim_core.model.streamed import StreamedModel
 from slim_core.progress import SilentProgress
 from slim_core.runners.calibration import BlockForwards
 from slim_core.service import EvalRequest
 from slim_vlm.dataset import read_samples
+from slim_vlm.images import open_image
 from slim_vlm.inputs import ImageInputs
 from slim_vlm.models import open_vlm
 from slim_vlm.preparation import Preparation, conversation
@@ -115,6 +117,7 @@ def test_static_and_dynamic_layers_are_what_an_independent_reader_expects(
 ) -> None:
     folder = vlm_folder(family)
     quantize(folder, tmp_path / "out", process=[rules["static"], rules["experts"]])
+    assert verify_folder(tmp_path / "out", folder, "vllm-ascend").ok
     written = naive.read(tmp_path / "out")
     model = open_vlm(folder)
     reference = plain(folder)
@@ -273,14 +276,9 @@ def test_pictures_that_do_not_enter_as_the_output_of_a_linear(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_scores_are_those_of_the_plain_model_on_the_answers(vlm_folder: VlmFolder, pictures: Path) -> None:
-    folder = vlm_folder("qwen3_vl")
-    request = EvalRequest(model_path=folder, dataset=str(pictures), device="cpu")
-    scores = VlmService().evaluate(request, SilentProgress())
-    model, preparation = plain(folder), Preparation(open_vlm(folder))
-    losses: list[Tensor] = []
-    from slim_vlm.images import open_image
-
+def _losses(model: Any, folder: Path, pictures: Path) -> Tensor:
+    """What the plain forward of a model loses on every token of the answers."""
+    preparation, losses = Preparation(open_vlm(folder)), list[Tensor]()
     for sample in read_samples(pictures, "", answers=True):
         chat = conversation(sample, open_image(sample))
         asked = preparation.encoded(sample, chat, add_generation_prompt=True)["input_ids"].shape[1]
@@ -289,7 +287,14 @@ def test_scores_are_those_of_the_plain_model_on_the_answers(vlm_folder: VlmFolde
         with torch.no_grad():
             logits = model(**given).logits[0, asked - 1 : -1].float()
         losses.append(nn.functional.cross_entropy(logits, given["input_ids"][0, asked:], reduction="none"))
-    every = torch.cat(losses)
+    return torch.cat(losses)
+
+
+def test_scores_are_those_of_the_plain_model_on_the_answers(vlm_folder: VlmFolder, pictures: Path) -> None:
+    folder = vlm_folder("qwen3_vl")
+    request = EvalRequest(model_path=folder, dataset=str(pictures), device="cpu")
+    scores = VlmService().evaluate(request, SilentProgress())
+    every = _losses(plain(folder), folder, pictures)
     assert scores.tokens == len(every)
     assert scores.perplexity == pytest.approx(float(every.mean().exp()), rel=1e-5)
 
@@ -310,20 +315,8 @@ def test_the_written_files_compute_what_was_quantized(
     scores = VlmService().evaluate(request, SilentProgress())
     deployed = plain(folder)
     naive.deploy(deployed, naive.read(tmp_path / "out"))
-    preparation, total, count = Preparation(open_vlm(folder)), 0.0, 0
-    from slim_vlm.images import open_image
-
-    for sample in read_samples(pictures, "", answers=True):
-        chat = conversation(sample, open_image(sample))
-        asked = preparation.encoded(sample, chat, add_generation_prompt=True)["input_ids"].shape[1]
-        answer = {"role": "assistant", "content": [{"type": "text", "text": sample.answer}]}
-        given = preparation.encoded(sample, [*chat, answer])
-        with torch.no_grad():
-            logits = deployed(**given).logits[0, asked - 1 : -1].float()
-        targets = given["input_ids"][0, asked:]
-        total += float(nn.functional.cross_entropy(logits, targets, reduction="sum"))
-        count += len(targets)
-    assert scores.quantized_perplexity == pytest.approx(float(np.exp(total / count)), rel=2e-2)
+    expected = float(_losses(deployed, folder, pictures).mean().exp())
+    assert scores.quantized_perplexity == pytest.approx(expected, rel=2e-2)
 
 
 def test_without_data_neither_pictures_nor_a_processor_are_needed(
