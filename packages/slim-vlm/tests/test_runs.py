@@ -25,6 +25,7 @@ from slim_vlm.images import open_image
 from slim_vlm.inputs import ImageInputs
 from slim_vlm.models import open_vlm
 from slim_vlm.preparation import Preparation, conversation
+from slim_vlm.processor import open_processor
 from slim_vlm.service import VlmService
 
 VlmFolder = Callable[..., Path]
@@ -444,3 +445,28 @@ def test_pixels_are_given_back_and_made_ahead(vlm_folder: VlmFolder, pictures: P
         assert bool(pixels.isnan().all())
         assert pixels.shape[0] > 1
     assert not bool(first["pixel_values"].isnan().any())
+
+
+def test_the_processor_is_loaded_once(
+    vlm_folder: VlmFolder,
+    pictures: Path,
+    quantize: Quantize,
+    rules: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from slim_vlm import preparation
+
+    opened: list[Path] = []
+
+    def counted(folder: Path, **options: Any) -> Any:
+        opened.append(folder)
+        return open_processor(folder, **options)
+
+    monkeypatch.setattr(preparation, "open_processor", counted)
+    folder = vlm_folder("llava")
+    quantize(folder, tmp_path / "out", process=[{"type": "quarot", "block_size": 16}, rules["static"]])
+    assert opened == [folder]
+    request = EvalRequest(model_path=folder, quantized=tmp_path / "out", dataset=str(pictures), device="cpu")
+    VlmService().evaluate(request, SilentProgress())
+    assert opened == [folder] * 2

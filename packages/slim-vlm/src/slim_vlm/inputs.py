@@ -53,7 +53,7 @@ class ImageSamples:
     def __init__(self, default_text: str, trust_remote_code: bool, model: StreamedModel) -> None:
         self._default_text = default_text
         self._model = model
-        self._preparation = Preparation(model, trust_remote_code=trust_remote_code)
+        self._preparation = Preparation.of(model, trust_remote_code=trust_remote_code)
         self._read: dict[str, tuple[list[ImageSample], list[tuple[int, int]]]] = {}
         self._counted: dict[DatasetConfig, list[int]] = {}
         self._loads: dict[DatasetConfig, TowerLoad] = {}

@@ -74,9 +74,9 @@ def open_vlm(folder: Path, *, trust_remote_code: bool = False) -> StreamedModel:
         SlimError: as :func:`slim_llm.models.loading.open_model`.
     """
     model = open_model(folder, trust_remote_code=trust_remote_code, kind=IMAGE_TEXT)
-    example = Preparation(model, trust_remote_code=trust_remote_code).example
+    preparation = Preparation(model, trust_remote_code=trust_remote_code)
     try:
-        given = example()
+        given = preparation.example()
     except SlimError as error:  # whoever needs samples will hear of it; without data the order makes no difference
         _logger.debug("no picture can be prepared: %s", error)
         return model
@@ -86,7 +86,7 @@ def open_vlm(folder: Path, *, trust_remote_code: bool = False) -> StreamedModel:
         if tower not in towers:
             _logger.info("%s is not quantized: a picture passes it %d times", tower, called[tower])
     model = model if towers == model.towers else replace(model, towers=towers)
-    model.tower_example = example
+    model.tower_example = preparation
     return model
 
 

@@ -39,6 +39,16 @@ class Preparation:
         self._model = model
         self._trust = trust_remote_code
 
+    @classmethod
+    def of(cls, model: StreamedModel, *, trust_remote_code: bool = False) -> Preparation:
+        """The one that the model was opened with, if it was, so that its processor is not loaded again."""
+        given = model.tower_example
+        return given if isinstance(given, Preparation) else Preparation(model, trust_remote_code=trust_remote_code)
+
+    def __call__(self) -> dict[str, Any]:
+        """:meth:`example`, as a model's ``tower_example``."""
+        return self.example()
+
     @cached_property
     def processor(self) -> Any:
         return open_processor(self._model.folder, trust_remote_code=self._trust)

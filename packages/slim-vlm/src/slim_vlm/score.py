@@ -37,6 +37,7 @@ class _Answers(Preparation):
 
     def __init__(self, model: StreamedModel, samples: Sequence[ImageSample], *, trust_remote_code: bool) -> None:
         super().__init__(model, trust_remote_code=trust_remote_code)
+        self.processor = Preparation.of(model, trust_remote_code=trust_remote_code).processor
         self._places = {id(sample): place for place, sample in enumerate(samples)}
         self._last_only = "logits_to_keep" in signature(type(model.module).forward).parameters
         self.answers: dict[int, Tensor] = {}
