@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import cached_property, partial
 from typing import Any
 
+from slim_core.job import Job, Remarks
 from slim_core.model.streamed import StreamedModel
 from slim_core.progress import Progress
 from slim_core.recipe import Recipe
@@ -14,8 +15,8 @@ from slim_core.runners.plan import Plan
 from slim_core.runners.prediction import TowerLoad
 from slim_core.runners.run import RunResult
 from slim_core.service import QuantRequest
+from slim_llm.activations import token_bytes
 from slim_llm.calibration import find_dataset, read_samples, tokenize, tokenize_extra
-from slim_llm.job import Job, Remarks
 from slim_llm.models.loading import open_model, open_tokenizer
 from slim_llm.vocabulary import check_token_ids, example_input, max_positions
 
@@ -29,6 +30,10 @@ class TextSamples:
         self._request = request
         self._model = model
         self._made: dict[tuple[DatasetConfig, bool], list[dict[str, Any]]] = {}
+
+    @property
+    def token_bytes(self) -> int:
+        return token_bytes(self._model)
 
     @cached_property
     def _tokenizer(self) -> Any:

@@ -15,6 +15,7 @@ from slim_core.model.streamed import StreamedModel
 from slim_core.model.tower_inputs import TowerInputs
 from slim_core.recipe.schema import DatasetConfig
 from slim_core.runners.prediction import TowerLoad
+from slim_llm.activations import token_bytes
 from slim_llm.vocabulary import example_input
 from slim_vlm.dataset import ImageSample, find_dataset, read_samples
 from slim_vlm.images import check_images
@@ -57,6 +58,10 @@ class ImageSamples:
         self._read: dict[str, tuple[list[ImageSample], list[tuple[int, int]]]] = {}
         self._counted: dict[DatasetConfig, list[int]] = {}
         self._loads: dict[DatasetConfig, TowerLoad] = {}
+
+    @property
+    def token_bytes(self) -> int:
+        return token_bytes(self._model)
 
     def _all(self, dataset: DatasetConfig) -> tuple[list[ImageSample], list[tuple[int, int]]]:
         """The samples of a set, and the sizes of their pictures, all of which were opened once."""

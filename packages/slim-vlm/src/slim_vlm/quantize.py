@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from functools import partial
 
+from slim_core.job import Job
 from slim_core.recipe import Recipe
 from slim_core.runners.plan import Plan
 from slim_core.service import QuantRequest
-from slim_llm.job import Job
 from slim_vlm.inputs import ImageSamples
 from slim_vlm.models import open_vlm
 from slim_vlm.recipe import SpecVlm

@@ -8,8 +8,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
-
 from slim_core.checkpoint.staging import check_target
 from slim_core.devices import Devices, resolve_devices
 from slim_core.evaluation.report import write_report
@@ -36,6 +34,11 @@ Remarks = Callable[[Plan], list[str]]
 
 class Samples(Protocol):
     """Where the samples of a recipe's calibration sets come from."""
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes that one token keeps while its sample waits between two blocks."""
+        ...
 
     def inputs(self, dataset: DatasetConfig) -> Inputs:
         """What a calibration set makes; each sample may be made when it is asked for."""
@@ -121,12 +124,12 @@ class Job:
         return plan
 
     def _activation_bytes(self, dataset: DatasetConfig) -> int:
-        return sum(self.samples.tokens(dataset)) * token_bytes(self.model)
+        return sum(self.samples.tokens(dataset)) * self.samples.token_bytes
 
     def _extra_samples(self) -> ExtraSamples:
         batches = self.samples.extra_tokens(self.spec.dataset)
         tokens = sum(tokens for _, tokens in batches)
-        return ExtraSamples(sum(count for count, _ in batches), tokens * token_bytes(self.model))
+        return ExtraSamples(sum(count for count, _ in batches), tokens * self.samples.token_bytes)
 
     def _identity(self) -> list[Any]:
         """Everything that is calibrated on."""
@@ -165,20 +168,6 @@ class Job:
             resume=request.resume,
             finish=finish,
         )
-
-
-def token_bytes(model: StreamedModel) -> int:
-    """Bytes that one token keeps while its sample waits between two blocks.
-
-    Its hidden state, the embedding that the model's forward began with and still holds, the rotary tables, and what an
-    image brings into later blocks (deepstack).
-    """
-    text = model.config.get("text_config") or model.config
-    hidden = int(text.get("hidden_size") or text.get("n_embd") or text.get("d_model") or 0)
-    heads = int(text.get("num_attention_heads") or 0)
-    rotated = int(text.get("qk_rope_head_dim") or text.get("head_dim") or (hidden // heads if heads else 0))
-    later = len((model.config.get("vision_config") or {}).get("deepstack_visual_indexes") or ())
-    return (2 * (hidden + rotated) + later * hidden) * (model.dtype or torch.float32).itemsize
 
 
 def _safe_name(model_type: str) -> str:
