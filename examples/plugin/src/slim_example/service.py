@@ -60,7 +60,7 @@ def open_mlp(folder: Path) -> StreamedModel:
     config = json.loads((folder / "config.json").read_text("utf-8"))
     with parameters_on_meta():
         module = Mlp(config["width"], config["depth"])
-    return StreamedModel(module, Checkpoint(folder), folder, config, blocks_name="trunk")
+    return StreamedModel(module, Checkpoint(folder), folder, config, block_lists=("trunk",))
 
 
 class MlpService:

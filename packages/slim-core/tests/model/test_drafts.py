@@ -124,7 +124,7 @@ def test_parts_of_several_blocks(tmp_path: Path) -> None:
             nn.ModuleDict({"norm": nn.LayerNorm(4), "attn": Dense(inner), "mlp": kind()})
             for inner, kind in ((6, Dense), (8, Wide))
         )
-    model = StreamedModel(empty, Checkpoint(tmp_path), tmp_path, {}, "layers")
+    model = StreamedModel(empty, Checkpoint(tmp_path), tmp_path, {}, ("layers",))
     (unit,) = drafts(model).values()
     assert [(info.name, info.in_features, info.out_features) for info in unit.linears] == [
         ("mtp.attn.up", 4, 6),

@@ -69,7 +69,7 @@ def model(plain: Looking, tmp_path: Path) -> StreamedModel:
     save_file({name: tensor.clone() for name, tensor in plain.state_dict().items()}, tmp_path / "model.safetensors")
     with parameters_on_meta():
         module = Looking()
-    return StreamedModel(module, Checkpoint(tmp_path), tmp_path, {}, "blocks", towers=("eye", "bridge"))
+    return StreamedModel(module, Checkpoint(tmp_path), tmp_path, {}, ("blocks",), towers=("eye", "bridge"))
 
 
 def inputs(*pictures: int) -> list[dict[str, Any]]:

@@ -260,7 +260,7 @@ def test_naming_the_blocks(tmp_path: Path, change: Callable[[nn.ModuleList], nn.
     with parameters_on_meta():
         net = Net()
     net.layers = change(net.layers)  # pyright: ignore
-    model = StreamedModel(net, Checkpoint(tmp_path), tmp_path, {}, blocks_name="layers")
+    model = StreamedModel(net, Checkpoint(tmp_path), tmp_path, {}, block_lists=("layers",))
     assert [unit.block for unit in model.units] == [None, 0, 1, None]
     assert len(model.blocks) == 2
 

@@ -46,12 +46,12 @@ def open_written(
     config = read_config(folder.folder)
     module = open_skeleton(folder.folder, config, trust_remote_code=trust_remote_code, kind=kind)
     if original.towers:
-        say_host(module, [*original.towers, original.blocks_name])
+        say_host(module, [*original.towers, *original.block_lists])
     skip = frozenset(f"{prefix}.{part}" for prefix, _ in folder.layers() for part in ("weight", "bias"))
     source = JoinedSource(folder.source, original.joined) if original.joined else folder.source
     take_stored_biases(module, source, original.tensor_name, skip)
     model = StreamedModel(
-        *(module, source, folder.folder, config, original.blocks_name, original.tensor_name, skip),
+        *(module, source, folder.folder, config, original.block_lists, original.tensor_name, skip),
         attention=Attentions(module, original.tensor_name),
         joined=original.joined,
         towers=original.towers,

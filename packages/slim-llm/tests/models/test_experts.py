@@ -75,7 +75,7 @@ def test_models_compute_what_they_did_and_route_every_token_the_same(
                     torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
                 else:  # which expert every token goes to
                     assert torch.equal(a, b)
-    assert model.blocks_name == "model.layers"
+    assert model.block_lists == ("model.layers",)
 
 
 def routed(experts: int, dtype: torch.dtype, tokens: int = 19, width: int = 32) -> tuple[Tensor, Tensor, Tensor]:

@@ -53,7 +53,7 @@ def test_suspended_forward_is_the_plain_one_bit_for_bit(
 @pytest.mark.parametrize("family", FAMILIES)
 def test_units_cover_the_checkpoint(model_folder: ModelFolder, family: str) -> None:
     model = open_model(model_folder(family))
-    assert model.blocks_name == "model.layers"
+    assert model.block_lists == ("model.layers",)
     assert [unit.name for unit in model.units] == ["prologue", *(f"model.layers.{i}" for i in range(3)), "epilogue"]
     assert {origin for unit in model.units for origin in unit.tensors.values()} == set(model.source)
     assert all(linear.in_block for unit in model.units[1:-1] for linear in unit.linears)

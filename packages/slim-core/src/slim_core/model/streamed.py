@@ -41,7 +41,8 @@ class StreamedModel:
         source: the checkpoint.
         folder: where the model came from; side files are copied from it.
         config: the content of its ``config.json``.
-        blocks_name: dotted name of the block list; found by size if not given.
+        block_lists: dotted names of the lists of blocks, in the order in which they run; the one list that is found by
+            size if not given.
         tensor_name: turns a parameter name into the checkpoint's name for it, where the two differ.
         skip: checkpoint tensors that are not read through this model (those of quantized linears).
         attention: the attentions of the model and the way to their states; None if nobody knows.
@@ -58,7 +59,7 @@ class StreamedModel:
     source: TensorSource
     folder: Path
     config: dict[str, Any]
-    blocks_name: str = ""
+    block_lists: tuple[str, ...] = ()
     tensor_name: Callable[[str], str] = str
     skip: frozenset[str] = frozenset()
     attention: AttentionAccess | None = None
@@ -71,15 +72,18 @@ class StreamedModel:
 
     def __post_init__(self) -> None:
         self.module.eval()
-        self.blocks_name = self.blocks_name or find_blocks(self.module)
+        self.block_lists = self.block_lists or (find_blocks(self.module),)
         self._shapes = dict(_named_tensors(self.module))
         self._names, ties = self._match()
         self.units = self._cut(ties)
 
+    def _list(self, name: str) -> list[nn.Module]:
+        return list(self.module.get_submodule(name).children())
+
     @property
     def blocks(self) -> list[nn.Module]:
         """The decoder blocks, in order."""
-        return list(self.module.get_submodule(self.blocks_name).children())
+        return [block for name in self.block_lists for block in self._list(name)]
 
     @property
     def stops(self) -> list[nn.Module]:
@@ -194,17 +198,18 @@ class StreamedModel:
 
     def owner(self, name: str) -> str | None:
         """The block or tower that a module or parameter belongs to."""
-        prefix = f"{self.blocks_name}."
-        if name.startswith(prefix):
-            return prefix + name.removeprefix(prefix).split(".", 1)[0]
+        for prefix in (f"{blocks}." for blocks in self.block_lists):
+            if name.startswith(prefix):
+                return prefix + name.removeprefix(prefix).split(".", 1)[0]
         return next((tower for tower in self.towers if name == tower or name.startswith(f"{tower}.")), None)
 
     def _cut(self, ties: dict[str, str]) -> list[Unit]:
         order = list(self._shapes)
         owners = [self.owner(name) for name in order]
-        first = next((i for i, name in enumerate(order) if name.startswith(f"{self.blocks_name}.")), 0)
-        count, towers = len(self.blocks), len(self.towers)
-        stops = [*self.towers, *(f"{self.blocks_name}.{i}" for i in range(count))]
+        towers = len(self.towers)
+        first = next((i for i, owner in enumerate(owners) if owner is not None and owner not in self.towers), 0)
+        blocks = [f"{name}.{i}" for name in self.block_lists for i in range(len(self._list(name)))]
+        stops = [*self.towers, *blocks]
         groups: dict[str, list[str]] = {name: [] for name in ("prologue", *stops, "epilogue")}
         for position, name in enumerate(order):
             groups[owners[position] or ("prologue" if position < first else "epilogue")].append(name)

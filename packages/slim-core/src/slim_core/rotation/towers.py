@@ -42,7 +42,7 @@ def find_tower_writers(model: StreamedModel, passage: Passage, readers: tuple[st
         if isinstance(module, nn.Linear)
         and module.out_features == width
         and name not in readers
-        and not name.startswith(f"{model.blocks_name}.")
+        and (model.owner(name) is None or model.owner(name) in model.towers)
     }
     embeddings = {
         name: module

@@ -192,7 +192,7 @@ def open_model(folder: Path, *, trust_remote_code: bool = False, kind: ModelKind
         source,
         folder,
         config,
-        blocks,
+        (blocks,),
         tensor_name,
         attention=attention,
         joined=joined,
