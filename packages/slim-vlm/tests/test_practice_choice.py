@@ -14,11 +14,12 @@ import pytest
 from slim_core.dispatch import choose_recipe, match_practice, open_library
 from slim_core.evaluation.verify import verify_folder
 from slim_core.practices import PracticeLibrary
+from slim_core.practices.registry import load_registry
 from slim_core.progress import SilentProgress
 from slim_core.recipe import load_recipe
 from slim_core.runners.plan import Plan
 from slim_core.service import QuantRequest
-from slim_llm.models.registry import load_registry
+from slim_llm.resources import REGISTRY as TEXT_REGISTRY
 from slim_llm.service import LlmService
 from slim_vlm.recipe import SpecVlm
 from slim_vlm.resources import PRACTICE_FOLDER, REGISTRY
@@ -68,7 +69,7 @@ def test_every_registered_model_type_reaches_its_practices_without_a_question() 
 
 
 def test_no_name_belongs_to_two_services() -> None:
-    assert not set(load_registry()) & set(load_registry(REGISTRY))
+    assert not set(load_registry(TEXT_REGISTRY)) & set(load_registry(REGISTRY))
 
 
 @pytest.mark.parametrize("family", MICROSCALING)

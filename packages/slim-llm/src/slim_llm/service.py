@@ -6,8 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from slim_llm.models.registry import UNKNOWN_PEDIGREE, pedigree_of
-from slim_llm.resources import PRACTICE_FOLDER
+from slim_core.practices.registry import pedigree_of
+from slim_llm.resources import PRACTICE_FOLDER, REGISTRY
 
 if TYPE_CHECKING:
     from slim_core.evaluation.perplexity import EvalResult
@@ -29,8 +29,7 @@ class LlmService:
         return [PRACTICE_FOLDER]
 
     def pedigree(self, model_type: str) -> str | None:
-        found = pedigree_of(model_type)
-        return None if found == UNKNOWN_PEDIGREE else found
+        return pedigree_of(model_type, REGISTRY)
 
     def spec_type(self) -> type[SpecV1]:
         from slim_core.recipe import SpecV1

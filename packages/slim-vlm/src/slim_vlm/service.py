@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from slim_llm.models.registry import UNKNOWN_PEDIGREE, pedigree_of
+from slim_core.practices.registry import pedigree_of
 from slim_vlm.resources import PRACTICE_FOLDER, REGISTRY
 
 if TYPE_CHECKING:
@@ -30,8 +30,7 @@ class VlmService:
         return [PRACTICE_FOLDER]
 
     def pedigree(self, model_type: str) -> str | None:
-        found = pedigree_of(model_type, REGISTRY)
-        return None if found == UNKNOWN_PEDIGREE else found
+        return pedigree_of(model_type, REGISTRY)
 
     def spec_type(self) -> type[SpecVlm]:
         from slim_vlm.recipe import SpecVlm

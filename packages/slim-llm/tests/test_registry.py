@@ -3,7 +3,8 @@ from __future__ import annotations
 import pytest
 
 from slim_core.errors import SchemaValidateError
-from slim_llm.models.registry import load_registry, pedigree_of
+from slim_core.practices.registry import load_registry, pedigree_of
+from slim_llm.resources import REGISTRY
 
 
 @pytest.mark.parametrize(
@@ -25,12 +26,12 @@ from slim_llm.models.registry import load_registry, pedigree_of
         ("DeepSeek-V3.2-Exp", "deepseek_v3_2"),
         ("GLM-4.7-Flash", "glm4_moe_lite"),
         ("Qwen3.6-27B", "qwen3_5"),
-        ("Qwen3-32b", "default"),
-        ("", "default"),
+        ("Qwen3-32b", None),
+        ("", None),
     ],
 )
 def test_pedigrees(model_type, pedigree):
-    assert pedigree_of(model_type) == pedigree
+    assert pedigree_of(model_type, REGISTRY) == pedigree
 
 
 @pytest.mark.parametrize(

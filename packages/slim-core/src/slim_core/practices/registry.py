@@ -10,14 +10,11 @@ from types import MappingProxyType
 from slim_core.errors import SchemaValidateError
 from slim_core.recipe.yaml_source import read_yaml
 
-__all__ = ["UNKNOWN_PEDIGREE", "load_registry", "pedigree_of"]
-
-REGISTRY = Path(__file__).with_name("registry.yaml")
-UNKNOWN_PEDIGREE = "default"
+__all__ = ["load_registry", "pedigree_of"]
 
 
 @cache
-def load_registry(path: Path = REGISTRY) -> Mapping[str, str]:
+def load_registry(path: Path) -> Mapping[str, str]:
     """Model type to pedigree.
 
     Raises:
@@ -39,6 +36,6 @@ def load_registry(path: Path = REGISTRY) -> Mapping[str, str]:
     return MappingProxyType(pedigrees)
 
 
-def pedigree_of(model_type: str, path: Path = REGISTRY) -> str:
-    """Pedigree of a model type, case-sensitive; ``default`` for one that the registry does not know."""
-    return load_registry(path).get(model_type, UNKNOWN_PEDIGREE)
+def pedigree_of(model_type: str, registry: Path) -> str | None:
+    """Pedigree of a model type, case-sensitive; None for one that the registry does not know."""
+    return load_registry(registry).get(model_type)
