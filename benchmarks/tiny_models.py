@@ -152,7 +152,7 @@ def build(model_type: str, dtype: torch.dtype, **changes: Any) -> nn.Module:
     config = tiny_config(model_type, **changes)
     torch.manual_seed(sum(map(ord, model_type)))
     model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
-    _randomize(model)
+    randomize(model)
     return model
 
 
@@ -247,7 +247,7 @@ def _merged(settings: dict[str, Any], hints: dict[str, Any]) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def _randomize(model: nn.Module) -> None:
+def randomize(model: nn.Module) -> None:
     """Weights of products get entries that keep the size of what they multiply, norms and biases some variety.
 
     All else (decay rates, convolutions, position tables) stays as its author draws it.

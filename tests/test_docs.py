@@ -38,7 +38,7 @@ from slim_core.recipe.plugins import PluginConfig
 from slim_core.recipe.qconfig import METHODS
 from slim_core.recipe.schema import Label
 from slim_core.savers.ascendv1_folder import AscendV1Folder
-from slim_core.savers.loaders import engines, reads_ascendv1
+from slim_core.savers.loaders import engine_format, engines
 from slim_core.service import EvalRequest, Migrator, QuantRequest, find_service
 from slim_vlm.recipe import SpecVlm
 
@@ -389,7 +389,7 @@ _ASKED = {
 def engine_table() -> list[str]:
     """Which engine of this format loads which of the types that Slim writes, as rows of Markdown."""
     tables: dict[str, Any] = yaml.safe_load(read("packages/slim-core/src/slim_core/savers/loader_tables.yaml"))
-    names = [name for name in engines() if reads_ascendv1(name)]
+    names = [name for name in engines() if engine_format(name) == "ascendv1"]
     rows = [["type", *names], ["---"] * (1 + len(names))]
     for kind in LayerKind:
         label = {"WFP8AFP8_DYNAMIC": "W8A8FP8_DYNAMIC"}.get(kind, str(kind))

@@ -184,7 +184,11 @@ def test_data_files_are_real_files(wheels: dict[str, Path]) -> None:
 
 def test_practices_are_in_the_wheel_of_their_service(wheels: dict[str, Path]) -> None:
     """And in no other, so that none is listed twice where both are installed."""
-    owners = {"modelslim_v1": "slim-llm", "multimodal_vlm_modelslim_v1": "slim-vlm"}
+    owners = {
+        "modelslim_v1": "slim-llm",
+        "multimodal_vlm_modelslim_v1": "slim-vlm",
+        "multimodal_sd_modelslim_v1": "slim-sd",
+    }
     wanted: dict[str, dict[str, bytes]] = {name: {} for name in OURS}
     for path in sorted((ROOT / "lab_practice").rglob("*.yaml")):
         owner = owners[yaml.safe_load(path.read_text("utf-8"))["apiversion"]]
@@ -315,7 +319,7 @@ def test_all_packages_together(environment: Environment, tmp_path: Path) -> None
     assert found.returncode == 0, found.stdout
     for apiversion, said in (
         ("multimodal_vlm_modelslim_v1", "does not know model_type 'qwen3' as a vision-language model"),
-        ("multimodal_sd_modelslim_v1", "this version of slim-sd cannot quantize"),
+        ("multimodal_sd_modelslim_v1", "no diffusion model: neither model_index.json"),
     ):
         chosen = arguments(tmp_path, save_path=tmp_path / "no", config_path=recipe(tmp_path, apiversion))
         found = run(programs / "slim", *chosen, folder=tmp_path)
@@ -326,7 +330,8 @@ def test_all_packages_together(environment: Environment, tmp_path: Path) -> None
     rows = [line.split() for line in found.stdout.splitlines()]
     ids = {path.stem for path in (ROOT / "lab_practice").glob("*/*.yaml")}
     assert sorted(row[1] for row in rows if len(row) > 1 and row[1] in ids) == sorted(ids)
-    for name, folder in (("Qwen3-VL-30B-A3B-Instruct", "slim_vlm"), ("Qwen3-30B-A3B", "slim_llm")):
+    owners = {"Qwen3-VL-30B-A3B-Instruct": "slim_vlm", "Qwen3-30B-A3B": "slim_llm", "Wan2.1": "slim_sd"}
+    for name, folder in owners.items():
         found = run(programs / "slim", "practices", "match", name, "--quant_type", "w8a8", folder=tmp_path)
         assert re.search(rf"^file +{re.escape(str(tmp_path))}/.*/{folder}/lab_practice/", found.stdout, re.M), (
             found.stdout

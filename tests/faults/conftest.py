@@ -215,7 +215,7 @@ def refused(workplace: Workplace) -> Refused:
     """Run the command of the workplace and hold its refusal against what is expected.
 
     The message must hold each part of ``what`` (separated by bars), ``where`` and ``remedy``. Nothing in the workplace
-    may have changed. ``resumable``: there may be the hidden folder from which a run is resumed, and the way out may be
+    may have changed. ``resumable``: there may be the hidden folders from which a run is resumed, and the way out may be
     in the warning that says so.
     """
 
@@ -234,7 +234,8 @@ def refused(workplace: Workplace) -> Refused:
             pytest.fail(f"{lacking} not in: {refusal.text}", pytrace=False)
         after = workplace.listing()
         if resumable:
-            after = {name: state for name, state in after.items() if not name.startswith(".out.slim-partial")}
+            hidden = (".out.slim-partial", ".out.slim-calib")
+            after = {name: state for name, state in after.items() if not name.startswith(hidden)}
         assert after == before
         return refusal
 

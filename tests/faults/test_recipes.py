@@ -316,9 +316,9 @@ UNAVAILABLE = {
         "installed: adapt_rotation, autoround_quant",
     ),
     "a saver to come": (
-        edit("type: ascendv1_saver", "type: mindie_format_saver"),
+        edit("type: ascendv1_saver", "type: compressed_tensors"),
         SCHEMA,
-        "no installed package provides the saver 'mindie_format_saver'",
+        "no installed package provides the saver 'compressed_tensors'",
         "{recipe}:25: spec.save[0].type",
         "installed: ascendv1_saver",
     ),

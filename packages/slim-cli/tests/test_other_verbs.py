@@ -161,10 +161,11 @@ def test_verify_exits_3_when_it_finds_problems(
     module = ModuleType("slim_core.evaluation.verify")
     module.verify_folder = lambda *arguments: calls.append(arguments) or _Verification(problems)  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setattr("slim_core.dispatch.original_opener", lambda folder: ("opener of", folder))
     found = slim("verify", tmp_path, "--model", "original", "--engine", "vllm-ascend")
     assert found.exit_code == status
     assert found.stdout.splitlines() == ["checked", *problems]
-    assert calls == [(tmp_path, Path("original"), "vllm-ascend")]
+    assert calls == [(tmp_path, Path("original"), "vllm-ascend", ("opener of", tmp_path))]
 
 
 def test_inspect_prints_what_it_finds(slim, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

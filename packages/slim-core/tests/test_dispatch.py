@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from slim_core import service as services_module
-from slim_core.dispatch import choose_recipe, match_practice, open_library, service_for
+from slim_core.dispatch import choose_recipe, match_practice, open_library, original_opener, service_for
 from slim_core.errors import EnvError, InvalidModelError, SchemaValidateError, UnsupportedError
 from slim_core.service import QuantRequest, find_service, installed_services
 
@@ -272,3 +272,24 @@ def test_nothing_is_loaded_that_takes_long() -> None:
     code = "import sys, slim_core.dispatch, slim_core.checkpoint.staging; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert done.stdout == "False\n"
+
+
+def test_the_service_that_made_a_folder_opens_its_original(tmp_path: Path, install: Install) -> None:
+    from slim_core.evaluation.verify import open_original
+
+    def renaming(_self: Any, folder: Path, names: Any) -> str:
+        return f"{folder.name}: {', '.join(names)}"
+
+    install(modelslim_v1=service(), with_names_of_its_own=service(open_original=renaming))
+    assert original_opener(tmp_path) is open_original  # no recipe
+    for apiversion in ("modelslim_v1", "not_installed"):
+        folder = tmp_path / apiversion
+        recipe = write_recipe(folder / "tiny_best_practice.yaml", apiversion)
+        recipe.write_text(yaml.safe_dump({"apiversion": apiversion, "spec": {"process": []}}))
+        assert original_opener(folder) is open_original
+    above = tmp_path / "several" / "tiny_best_practice.yaml"
+    above.parent.mkdir()
+    above.write_text(yaml.safe_dump({"apiversion": "with_names_of_its_own", "spec": {"process": []}}))
+    (above.parent / "transformer").mkdir()
+    opener: Any = original_opener(above.parent / "transformer")
+    assert opener(tmp_path / "model", ["a", "b"]) == "model: a, b"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from slim_core.recipe import Recipe, recipe_from_dict
 from slim_core.runners.plan import Plan
 from slim_core.runners.plan_text import render_summary
 from slim_core.runners.run import RunResult
+from slim_core.runners.spill import Spill
 from slim_core.service import QuantRequest
 from slim_llm.models.loading import open_model
 from slim_llm.service import LlmService
@@ -165,6 +167,28 @@ def test_a_run_may_be_resumed_without_the_budget_it_began_with(
     assert kept[0] == kept[1]
 
 
+@pytest.mark.usefixtures("no_plots")
+@pytest.mark.parametrize("process", [[linear(STATIC)], SMOOTHED, GPTQ, TRAINED])
+@pytest.mark.parametrize("options", [{}, {"propagate": "quantized"}])
+def test_writes_the_same_with_activations_on_disk(
+    content: Any,
+    asked: Any,
+    model_folder: ModelFolder,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    process: list[dict[str, Any]],
+    options: dict[str, Any],
+) -> None:
+    monkeypatch.setattr("slim_core.runners.run.Spill", partial(Spill, at_least=1))
+    given = model_folder("llama")
+    _, plan = carried_out(*asked(given, tmp_path / "whole", process, **options))
+    assert not plan.memory.spills
+    budget = just_too_little(*asked(given, tmp_path / "disk", process, **options))
+    _, limited = carried_out(*asked(given, tmp_path / "disk", process, max_memory=budget, **options))
+    assert limited.memory.spills
+    assert content(tmp_path / "disk") == content(tmp_path / "whole")
+
+
 @pytest.mark.parametrize(
     ("family", "process", "options", "why"),
     [
@@ -184,7 +208,7 @@ def test_refused_before_anything_is_written(
     why: str,
 ) -> None:
     given = (model_folder(family), tmp_path / "out", process)
-    budget = just_too_little(*asked(*given, **options))
+    budget = "host=1KiB"
     plan = LlmService().plan(*asked(*given, max_memory=budget, **options))
     assert not plan.memory.by_expert
     with pytest.raises(UnsupportedError) as caught:

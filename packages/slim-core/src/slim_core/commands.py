@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,11 +13,10 @@ from slim_core.errors import EnvError, SchemaValidateError, SecurityError, SlimE
 from slim_core.logging import get_logger
 from slim_core.progress import show_progress
 from slim_core.recipe import dump_recipe, load_recipe
-from slim_core.service import EvalRequest, Migrator, QuantRequest, find_service
+from slim_core.service import EvalRequest, Migrator, QuantRequest, Service, find_service
 from slim_core.sizes import human_size
 
 if TYPE_CHECKING:
-    from slim_core.evaluation.perplexity import EvalResult
     from slim_core.runners.plan import Plan
     from slim_core.runners.run import RunResult
 
@@ -38,30 +36,34 @@ _logger = get_logger(__name__)
 
 def quantize(request: QuantRequest) -> None:
     """``quant``: choose a recipe, show the plan and, unless it is a dry run, carry it out."""
-    problem = _target_problem(request)
+    recipe, service = choose_recipe(request, ask)
+    problem = _target_problem(request, service)
     if problem and not request.dry_run:
         raise problem
-    recipe, service = choose_recipe(request, ask)
     if not request.dry_run:
         say(_outcome(service.quantize(request, recipe, show_progress(), on_plan=_show_summary)))
         return
     from slim_core.runners.plan_text import render_plan
 
-    plan = service.plan(request, recipe)
-    say(render_plan(plan))
-    if problem := problem or plan.refusal:
+    plans = _with_others(service.plan(request, recipe))
+    say("\n\n".join(map(render_plan, plans)))
+    if problem := problem or next(filter(None, (plan.refusal for plan in plans)), None):
         say(f"\nThe run itself would be refused: {problem}")
 
 
 def _show_summary(plan: Plan) -> None:
     from slim_core.runners.plan_text import render_summary
 
-    say(render_summary(plan))
+    say("\n\n".join(map(render_summary, _with_others(plan))))
 
 
-def _target_problem(request: QuantRequest) -> SecurityError | None:
+def _with_others(plan: Plan) -> list[Plan]:
+    return [plan, *plan.others]
+
+
+def _target_problem(request: QuantRequest, service: Service) -> SecurityError | None:
     try:
-        check_target(request.save_path, request.model_path, request.overwrite)
+        check_target(request.save_path, request.model_path, request.overwrite, getattr(service, "keeps", ()))
     except SecurityError as error:
         return error
     return None
@@ -76,9 +78,8 @@ def _outcome(result: RunResult) -> str:
         "time": f"{result.seconds:.1f} s{resumed}",
         "peak memory": f"{human_size(result.peak_bytes)}, of which {human_size(result.base_bytes)} before the run",
     }
-    report = result.save_path / "report.html"
-    if report.exists():
-        lines["report"] = str(report)
+    if reports := sorted([*result.save_path.glob("report.html"), *result.save_path.glob("*/report.html")]):
+        lines["report"] = ", ".join(map(str, reports))
     return "Done\n" + "\n".join(f"  {key:<12} {value}" for key, value in lines.items())
 
 
@@ -88,34 +89,18 @@ def evaluate(request: EvalRequest, json_path: Path | None = None) -> None:
         raise SchemaValidateError("--text and --dataset exclude each other", remedy="score one of them at a time")
     service = service_for(request.model_path, images=request.dataset is not None)
     result = service.evaluate(request, show_progress())
-    show_table(*_score_table(result))
+    show_table(*result.table())
     if json_path is not None:
         asked = {
             "model_path": str(request.model_path),
             "quantized": None if request.quantized is None else str(request.quantized),
             "text": None if request.text is None else str(request.text),
             "dataset": request.dataset,
+            "prompt": request.prompt,
             "sequence_length": request.sequence_length,
             "max_windows": request.max_windows,
         }
-        from slim_core.evaluation.report.data import finite
-
-        scores = {key: finite(value) for key, value in {**asdict(result), "ratio": result.ratio}.items()}
-        write_file(json_path, json.dumps({**asked, **scores}, indent=2) + "\n")
-
-
-def _score_table(result: EvalResult) -> tuple[list[str], list[list[str]]]:
-    if result.quantized_perplexity is None:
-        return ["", "original"], [["perplexity", f"{result.perplexity:.4f}"], ["tokens", str(result.tokens)]]
-    rows = [
-        ["perplexity", f"{result.perplexity:.4f}", f"{result.quantized_perplexity:.4f}"],
-        ["ratio", "", f"{result.ratio:.4f}"],
-        ["KL divergence (nats)", "", f"{result.kl_divergence:.5f}"],
-        ["top-1 agreement", "", f"{result.top1_agreement:.2%}"],
-        ["logits SQNR (dB)", "", f"{result.logits_sqnr_db:.1f}"],
-        ["tokens", str(result.tokens), str(result.tokens)],
-    ]
-    return ["", "original", "quantized"], rows
+        write_file(json_path, json.dumps({**asked, **result.as_json()}, indent=2) + "\n")
 
 
 def list_practices() -> None:

@@ -29,6 +29,12 @@ class Devices:
         """The device of a single-process run."""
         return torch.device("cpu") if self.kind == "cpu" else torch.device(self.kind, self.indices[0])
 
+    def only(self) -> torch.device:
+        """The first one, for what uses no more; a warning says so if several were asked for."""
+        if len(self.indices) > 1:
+            _logger.warning("--device: %d devices given, only the first, %s, is used", len(self.indices), self.first)
+        return self.first
+
     def __str__(self) -> str:
         return self.kind if self.kind == "cpu" else f"{self.kind}:{','.join(map(str, self.indices))}"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from slim_core.errors import EnvError, SchemaValidateError, SlimError, UnsupportedError
 from slim_core.logging import get_logger
@@ -13,7 +14,10 @@ from slim_core.practices.library import DEFAULT_PEDIGREE
 from slim_core.recipe import Recipe, load_recipe
 from slim_core.service import AskUser, QuantRequest, Service, find_service, installed_services, load_service
 
-__all__ = ["choose_recipe", "match_practice", "open_library", "service_for"]
+if TYPE_CHECKING:
+    from slim_core.evaluation.verify import Opener
+
+__all__ = ["choose_recipe", "match_practice", "open_library", "original_opener", "service_for"]
 
 _logger = get_logger(__name__)
 
@@ -97,6 +101,21 @@ def service_for(model_path: Path, *, images: bool = False) -> Service:
         where=str(model_path),
         remedy=f"{'score language models with --text; else ' if images else ''}{remedy}",
     )
+
+
+def original_opener(quantized: Path) -> Opener:
+    """What opens the original of a quantized folder, to compare with.
+
+    That is up to the service of the recipe that the run left in the folder, if it has an ``open_original`` because its
+    models have a layout of their own.
+    """
+    from slim_core.evaluation.verify import open_original, recipe_of_run
+
+    apiversion = (recipe_of_run(quantized) or {}).get("apiversion")
+    points = installed_services()
+    if apiversion not in points:
+        return open_original
+    return getattr(load_service(points[apiversion]), "open_original", open_original)
 
 
 def choose_recipe(request: QuantRequest, ask: AskUser) -> tuple[Recipe, Service]:

@@ -78,6 +78,9 @@ class Job:
         open_model: opens the model of the request.
         samples_of: gives the samples for that model.
         remarks: gives warnings to put before those of the plan.
+        keeps: patterns of files that ``save_path`` may hold; :attr:`finish` takes them over.
+        spills: whether samples that are not at work wait on disk in any case; otherwise only to stay within a budget.
+        finish: puts further files into the finished folder before it appears.
     """
 
     request: QuantRequest
@@ -86,6 +89,9 @@ class Job:
     open_model: Callable[[], StreamedModel]
     samples_of: Callable[[StreamedModel], Samples]
     remarks: Remarks | None = None
+    keeps: tuple[str, ...] = ()
+    spills: bool = False
+    finish: Callable[[Path], None] | None = None
 
     @cached_property
     def devices(self) -> Devices:
@@ -118,6 +124,8 @@ class Job:
             example=lambda: self.samples.example(),
             force=self.request.force,
             budget=self.request.memory_budget,
+            waiting_bytes=lambda: 2 * max(self.samples.tokens(dataset)) * self.samples.token_bytes,
+            spills=self.spills,
         )
         if self.remarks is not None:
             plan.warnings[:0] = self.remarks(plan)
@@ -146,7 +154,7 @@ class Job:
             SlimError: whatever stands in the way; nothing at ``save_path`` has changed then.
         """
         request = self.request
-        check_target(request.save_path, request.model_path, request.overwrite)
+        check_target(request.save_path, request.model_path, request.overwrite, self.keeps)
         if on_plan is not None:
             on_plan(self.plan)
         effective = dump_recipe(self.recipe, self.spec)
@@ -154,12 +162,14 @@ class Job:
         def finish(folder: Path, result: RunResult) -> None:
             write_text(folder / f"{_safe_name(request.model_type)}_best_practice.yaml", effective)
             write_report(folder, self.plan, result, title=request.model_type, debug=request.debug)
+            if self.finish is not None:
+                self.finish(folder)
 
         origin = [self._identity(), self.devices.kind]
         return run_plan(
             self.plan,
             request.save_path,
-            fingerprint=fingerprint(request.model_path, self.model.source, effective, origin),
+            fingerprint=fingerprint(self.model.folder, self.model.source, effective, origin),
             progress=progress,
             calibration=lambda: self.samples.inputs(self.spec.dataset),
             extra_calibration=lambda: self.samples.extra(self.spec.dataset),

@@ -11,9 +11,12 @@ from typing import Any
 
 __all__ = ["KEPT_BY_THE_HEAP", "give_back_freed_memory", "peak_memory", "resident_memory"]
 
-# On a CPU, oneDNN compiles a kernel for every shape it meets and keeps the last 1024. Experts are given another number
-# of tokens every time, so these take hundreds of MiB and are of no use. It reads this once, when it is first used.
+# On a CPU, oneDNN compiles kernels for every shape it meets and keeps those of the last 1024 primitives. Beside it
+# torch keeps descriptions of the last 1024 products of every thread, 250 KiB of code each. Experts are given another
+# number of tokens every time, so these take hundreds of MiB and are of no use. Both limits are read once, at the first
+# use.
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
+os.environ.setdefault("LRU_CACHE_CAPACITY", "64")
 
 KEPT_BY_THE_HEAP = 48 << 20
 """What a method that makes and drops many blocks of up to 32 MiB takes beyond those it needs at once.

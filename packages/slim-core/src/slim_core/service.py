@@ -18,14 +18,22 @@ from slim_core.budget import UNLIMITED, MemoryBudget, parse_budget
 from slim_core.errors import EnvError, UnsupportedError
 
 if TYPE_CHECKING:
-    from slim_core.evaluation.perplexity import EvalResult
     from slim_core.migration import Migration
     from slim_core.progress import Progress
     from slim_core.recipe.base import StrictModel
     from slim_core.runners.plan import Plan
     from slim_core.runners.run import RunResult
 
-__all__ = ["EvalRequest", "Migrator", "QuantRequest", "Service", "find_service", "installed_services", "load_service"]
+__all__ = [
+    "EvalRequest",
+    "Migrator",
+    "QuantRequest",
+    "Scores",
+    "Service",
+    "find_service",
+    "installed_services",
+    "load_service",
+]
 
 SERVICE_GROUP = "slim.services"
 _PACKAGES = {
@@ -54,6 +62,9 @@ class QuantRequest(BaseModel):
     force: bool = Field(False, description="Only warn if no engine can load what the recipe makes of the model")
     max_memory: str | None = Field(None, description="Memory the run may take, e.g. host=8GiB,device=20GiB")
     resume: bool = Field(False, description="Continue an interrupted run into the same save_path")
+    reuse_calib: bool = Field(
+        False, description="Use a calib_data.pth though it was captured from another model or with other settings"
+    )
     yes: bool = Field(False, description="Answer yes to the question about a fall-back practice")
     debug: bool = Field(False, description="Write debug_info with the statistics of every layer; show tracebacks")
 
@@ -79,14 +90,37 @@ class EvalRequest(BaseModel):
     quantized: Path | None = Field(None, description="Folder that slim quant wrote")
     text: Path | None = Field(None, description="Text file (UTF-8) to score")
     dataset: str | None = Field(None, description="Images with prompts and answers to score, as in a recipe's dataset")
+    prompt: str | None = Field(None, description="What a diffusion model generates. Default: what the recipe says")
+    config_path: Path | None = Field(
+        None, description="Recipe that says what a diffusion model generates. Default: the one in --quantized"
+    )
+    report: Path | None = Field(None, description="New folder for what a diffusion model generated, and the scores")
     device: str = Field("npu", description="Device: npu, cuda, cpu, with an index if wanted")
     sequence_length: int = Field(512, ge=8, description="Tokens per scored window")
     max_windows: int | None = Field(None, ge=1, description="Score only the first windows, or samples")
     trust_remote_code: bool = Field(False, description="Run Python code that ships with the model: True or False")
 
 
+class Scores(Protocol):
+    """What ``slim eval`` found."""
+
+    def table(self) -> tuple[list[str], list[list[str]]]:
+        """Head and rows of a table for people."""
+        ...
+
+    def as_json(self) -> dict[str, Any]:
+        """The same as plain data; numbers that are not finite are None."""
+        ...
+
+
 class Service(Protocol):
-    """One ``apiversion``. ``ask`` puts a yes/no question to the user and is only called when ``yes`` is not set."""
+    """One ``apiversion``. ``ask`` puts a yes/no question to the user and is only called when ``yes`` is not set.
+
+    A service whose runs take files of ``save_path`` over into their output has their patterns as an attribute
+    ``keeps``; a folder that holds nothing else counts as empty. One whose models have a layout of their own has a
+    method ``open_original(folder, names)``: from the folder of a model, and the names of the tensors of the quantized
+    one, to a ``TensorSource`` that has the model's tensors under such names; ``slim verify`` compares with those.
+    """
 
     apiversion: str
 
@@ -116,8 +150,8 @@ class Service(Protocol):
         """Run the recipe and write the output; ``on_plan`` is shown the plan before that begins."""
         ...
 
-    def evaluate(self, request: EvalRequest, progress: Progress) -> EvalResult:
-        """Perplexity of the original and, if asked, of the quantized files."""
+    def evaluate(self, request: EvalRequest, progress: Progress) -> Scores:
+        """Scores of the original and, if asked, of the quantized files."""
         ...
 
 

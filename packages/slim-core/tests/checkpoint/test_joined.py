@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from slim_core.checkpoint.joined import JoinedSource
+from slim_core.checkpoint.joined import JoinedSource, Part
 from slim_core.checkpoint.reader import Checkpoint
 from slim_core.errors import InvalidModelError
 
@@ -88,3 +88,43 @@ def test_parts_that_do_not_belong_together(
 ) -> None:
     with pytest.raises(InvalidModelError, match=message):
         JoinedSource(checkpoint, {name: parts})
+
+
+def test_rows_of_a_larger_tensor(checkpoint: Checkpoint) -> None:
+    parts = {"a": (Part("k.weight", range(2)),), "b": (Part("k.weight", range(2, 4)), "v.weight")}
+    source = JoinedSource(checkpoint, parts)
+    assert torch.equal(source.load("a"), TENSORS["k.weight"][:2])
+    whole = torch.cat([TENSORS["k.weight"][2:], TENSORS["v.weight"]])
+    assert torch.equal(source.load("b"), whole)
+    for start in range(4):
+        for stop in range(start, 4):
+            assert torch.equal(source.rows("b", start, stop), whole[start:stop])
+    assert sorted(source) == sorted(TENSORS)  # what is stored comes once
+    source.prefetch(["a", "b"])
+    source.release(["a", "b"])
+
+
+@pytest.mark.parametrize("shape", [(24,), (24, 5)])
+def test_pairs_of_rotary_embeddings_are_taken_apart(shape: tuple[int, ...], tmp_path: Path) -> None:
+    """Two heads of six rows behind six others: row by row as the definition says it."""
+    stored = torch.arange(float(torch.Size(shape).numel())).view(shape)
+    save_file({"wqkv": stored}, tmp_path / "model.safetensors")
+    apart = torch.empty(12, *shape[1:])
+    for head in range(2):
+        for pair in range(3):
+            for half in range(2):
+                apart[head * 6 + half * 3 + pair] = stored[6 + head * 6 + 2 * pair + half]
+    source = JoinedSource(Checkpoint(tmp_path), {"q": (Part("wqkv", range(6, 18), heads=2),)})
+    assert source.meta("q").shape == (12, *shape[1:])
+    assert torch.equal(source.load("q"), apart)
+    assert torch.equal(source.rows("q", 2, 7), apart[2:7])
+    save_file({"q": apart.contiguous()}, tmp_path / "model.safetensors")
+    back = JoinedSource(Checkpoint(tmp_path), {"again": (Part("q", heads=2, back=True),)})
+    assert torch.equal(back.load("again"), stored[6:18])
+
+
+@pytest.mark.parametrize("part", [Part("k.weight", range(2, 5)), Part("q.weight", heads=2)])
+def test_rows_that_are_not_there(part: Part, checkpoint: Checkpoint) -> None:
+    with pytest.raises(InvalidModelError, match="do not fit into its shape") as caught:
+        JoinedSource(checkpoint, {"a": (part,)})
+    assert caught.value.where == part.name

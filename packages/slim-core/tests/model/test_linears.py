@@ -68,3 +68,13 @@ def test_a_linear_that_is_to_stay_float_is_none(cls: type[nn.Linear]) -> None:
     assert not is_linear(module)
     assert torch.equal(module(x), want)
     assert type(module) is cls
+
+
+def test_the_projection_of_a_ready_made_attention_is_none() -> None:
+    """It is never called: the attention uses its weight by hand."""
+    attention = nn.MultiheadAttention(8, 2)
+    seen: list[Tensor] = []
+    attention.out_proj.register_forward_pre_hook(lambda _module, given: seen.append(given[0]))
+    attention(torch.ones(3, 1, 8), torch.ones(3, 1, 8), torch.ones(3, 1, 8))
+    assert not seen
+    assert not is_linear(attention.out_proj)

@@ -79,7 +79,8 @@ def test_the_defaults_of_the_kernel_are_the_documented_ones() -> None:
     assert found.query is not None
     assert found.value is not None
     assert (found.query.share, found.value.share) == (0.9999, 1.0)
-    assert form(kernel(qconfig={"dtype": "mxfp4"})).query.scope == "per_block"  # pyright: ignore
+    for dtype in ("mxfp4", "mxfp8"):
+        assert form(kernel(qconfig={"dtype": dtype})).query.scope == "per_block"  # pyright: ignore
     ratio = form(kernel(qconfig={"ext": {"ratio": 0.995}}))
     assert [state.share for _, state in ratio.states()] == [0.995] * 3
 
@@ -104,7 +105,7 @@ def test_keys_and_values_apart() -> None:
         (cache, {"qconfig": {"method": "histogram", "ext": {"percentile": 98}}}, "must be at least 99"),
         (cache, {"qconfig": {"ext": {"percentil": 99.9}}}, "percentil"),
         (cache, {"details": {"keys": {}}}, "keys"),
-        (kernel, {"qconfig": {"dtype": "mxfp8", "scope": "per_block"}}, "has no name for attention in mxfp8"),
+        (kernel, {"qconfig": {"dtype": "mxfp8", "scope": "per_head"}}, "not quantized to mxfp8 per_head"),
         (kernel, {"qconfig": {"dtype": "int4"}}, "attention is not quantized to int4 per_head"),
         (kernel, {"qconfig": {"scope": "per_channel"}}, "not quantized to int8 per_channel"),
         (kernel, {"qconfig": {"symmetric": False}}, "without offset"),

@@ -27,7 +27,10 @@ from slim_core.quantization.attention import (
 CHANNEL, HEAD = StateForm("int8", "per_channel"), StateForm("int8", "per_head")
 SHIFTED = StateForm("int8", "per_channel", symmetric=False)
 FP8_HEAD = StateForm("fp8_e4m3", "per_head")
-DYNAMIC = [StateForm("int8", "per_token"), StateForm("fp8_e4m3", "per_token"), StateForm("mxfp4", "per_block")]
+DYNAMIC = [
+    *(StateForm("int8", "per_token"), StateForm("fp8_e4m3", "per_token")),
+    *(StateForm("mxfp8", "per_block"), StateForm("mxfp4", "per_block")),
+]
 E4M3 = np.unique(
     np.array(
         [(8 + m) / 8 * 2.0 ** (e - 7) for e in range(1, 16) for m in range(8) if (e, m) != (15, 7)]
@@ -115,15 +118,35 @@ def test_per_token_has_a_scale_for_every_token_of_every_head() -> None:
         np.testing.assert_array_equal(fp8[index], np.float32(expected))
 
 
-def test_mxfp4_has_an_exponent_for_every_32_channels() -> None:
+def naive_micro(values: Any, dtype: str) -> Any:
+    """One row in blocks of 32 that share an exponent, the last one shorter."""
+    grid, largest, even = (E2M1, 2, False) if dtype == "mxfp4" else (E4M3, 8, True)
+    found: list[float] = []
+    for start in range(0, len(values), 32):
+        block = values[start : start + 32]
+        step = 2.0 ** (np.floor(np.log2(np.float64(np.abs(block).max()))) - largest)
+        found += [nearest(v / step, grid, even=even) * step for v in block]
+    return np.float32(found)
+
+
+@pytest.mark.parametrize("dtype", ["mxfp4", "mxfp8"])
+def test_microscaling_has_an_exponent_for_every_32_channels(dtype: str) -> None:
     x = states(4, 1, 2, 3, 48)
-    found = QuantizedState(StateForm("mxfp4", "per_block")).simulate(x).numpy()
+    found = QuantizedState(StateForm(dtype, "per_block")).simulate(x).numpy()
     for index in np.ndindex(1, 2, 3):
-        for start in (0, 32):
-            values = x[index][start : start + 32].numpy()
-            exponent = np.floor(np.log2(np.float64(np.abs(values).max()))) - 2
-            expected = [nearest(v / 2.0**exponent, E2M1, even=False) * 2.0**exponent for v in values]
-            np.testing.assert_array_equal(found[index][start : start + 32], np.float32(expected))
+        np.testing.assert_array_equal(found[index], naive_micro(x[index].numpy(), dtype))
+
+
+@pytest.mark.parametrize("dtype", ["mxfp4", "mxfp8"])
+def test_blocks_of_the_value_lie_along_what_it_is_summed_over(dtype: str) -> None:
+    state = QuantizedState(StateForm(dtype, "per_block"))
+    query, key, value = states(5, 1, 2, 40, 8), states(6, 1, 2, 40, 8), states(7, 1, 2, 40, 8)
+    found = QuantizedAttention(AttentionKind.FAQUANT, state, state, state).simulate(query, key, value)
+    for seen, x, along in zip(found, (query, key, value), ("channels", "channels", "tokens"), strict=True):
+        assert seen is not None
+        rows, expected = (seen, x) if along == "channels" else (seen.mT, x.mT)
+        for index in np.ndindex(*rows.shape[:-1]):
+            np.testing.assert_array_equal(rows[index].numpy(), naive_micro(expected[index].numpy(), dtype))
 
 
 STATIC = [CHANNEL, SHIFTED, HEAD, FP8_HEAD]

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from slim_core.quantization.kinds import LayerKind
 from slim_core.quantization.layers import DynamicInt, SimulatedLinear, StaticInt8, WeightOnlyInt
-from slim_core.savers.ascendv1 import encode_deq_scale
-from slim_core.savers.ascendv1_folder import decode_deq_scale
+from slim_core.savers.layer_parts import encode_deq_scale
+from slim_core.savers.quantized_folder import decode_deq_scale
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(5, 24), (2, 3, 24), (1, 1, 24), (0, 24), (1, 0, 24), (0, 4, 24)]

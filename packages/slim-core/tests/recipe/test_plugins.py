@@ -56,8 +56,8 @@ def test_a_third_party_adds_a_processor_by_being_installed(add):
 def test_unknown_names(install):
     with pytest.raises(UnsupportedError, match="did you mean 'linear_quant'"):
         processor_class("linear-quant")
-    with pytest.raises(UnsupportedError, match="no installed package provides the saver 'mindie_format_saver'"):
-        saver_class("mindie_format_saver")
+    with pytest.raises(UnsupportedError, match="no installed package provides the saver 'compressed_tensors'"):
+        saver_class("compressed_tensors")
 
 
 def test_a_broken_package_is_named_and_hurts_only_recipes_that_use_it(add):

@@ -207,10 +207,10 @@ def test_kernels_for_the_tokens_of_experts() -> None:
     """The library has those of float32 ready, and more tokens than in a sample need none."""
     waits = Calibration(0, tokens=256)
     half, full = (memory_shares(mixture(t)[0], LAYER_WISE, [], {}, {}, waits) for t in (torch.bfloat16, torch.float32))
-    assert half[-1].nbytes == 128 << 20
+    assert half[-1].nbytes == 64 << 20
     assert full[-1].nbytes == 0
     few = memory_shares(mixture(torch.bfloat16)[0], LAYER_WISE, [], {}, {}, Calibration(0, tokens=64))
-    assert few[-1].nbytes == 32 << 20
+    assert few[-1].nbytes == 16 << 20
     dense = memory_shares(model(), LAYER_WISE, [], {}, {}, waits)
     assert dense[-1].nbytes == 0
 

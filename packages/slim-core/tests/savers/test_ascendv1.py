@@ -103,7 +103,7 @@ def test_parameters_are_those_that_were_declared(
 
 
 def test_a_layer_of_another_format_is_a_mistake() -> None:
-    with pytest.raises(TypeError, match="ascendv1 cannot hold str"):
+    with pytest.raises(TypeError, match="the format cannot hold str"):
         AscendV1Saver(AscendV1SaverConfig()).parameters(INFO, "layer")  # pyright: ignore
 
 

@@ -31,7 +31,7 @@ LATENT = AttentionInfo("blocks.1.attn", "layers.1.self_attn", 4, 1, 8, 8, latent
 CHANNEL, SHIFTED = StateForm("int8", "per_channel"), StateForm("int8", "per_channel", symmetric=False)
 INT8, FP8 = StateForm("int8", "per_head"), StateForm("fp8_e4m3", "per_head")
 INT8_TOKEN, FP8_TOKEN = StateForm("int8", "per_token"), StateForm("fp8_e4m3", "per_token")
-MXFP4 = StateForm("mxfp4", "per_block")
+MXFP4, MXFP8 = StateForm("mxfp4", "per_block"), StateForm("mxfp8", "per_block")
 STATES = (None, INT8, FP8, INT8_TOKEN, FP8_TOKEN, MXFP4)
 CACHE = AttentionForm(AttentionKind.C8, None, CHANNEL, SHIFTED)
 
@@ -64,6 +64,7 @@ def made(form: AttentionForm, info: AttentionInfo = INFO) -> QuantizedAttention:
         (fa(FP8_TOKEN, FP8, FP8), "Q_FP8_DYNAMIC_KV_FP8"),
         (fa(INT8, FP8, INT8), "QV_INT8_K_FP8"),
         (fa(MXFP4, MXFP4, MXFP4), "MXFP4_DYNAMIC"),
+        (fa(MXFP8, MXFP8, MXFP4), "QK_MXFP8_DYNAMIC_V_MXFP4_DYNAMIC"),
         (fa(None, INT8, None), "K_INT8"),
     ],
 )
@@ -80,7 +81,7 @@ def test_every_quant_type_is_read_back(states: tuple[StateForm | None, ...]) -> 
 
 @pytest.mark.parametrize(
     "text",
-    ["", "FLOAT", "INT4", "Q_INT8_Q_FP8", "INT8_V_FP8", "QQ_INT8", "P_INT8", "MXFP4", "QK_INT8_", "int8", "INT8X"],
+    ["", "FLOAT", "INT4", "Q_INT8_Q_FP8", "INT8_V_FP8", "QQ_INT8", "P_INT8", "MXFP4", "MXFP8", "QK_INT8_", "int8", "INT8X"],
 )
 def test_what_is_no_quant_type(text: str) -> None:
     assert parse_quant_type(text) is None

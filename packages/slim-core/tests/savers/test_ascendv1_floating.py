@@ -18,9 +18,9 @@ from slim_core.model.units import LinearInfo
 from slim_core.quantization.floating import e2m1_codes
 from slim_core.quantization.kinds import LayerForm, LayerKind
 from slim_core.quantization.layers import Fp8Dynamic, MxDynamic, QuantizedLinear
-from slim_core.savers.ascendv1 import FP8_ENGINE_LABEL, AscendV1Saver, AscendV1SaverConfig, check_layout
+from slim_core.savers.ascendv1 import FP8_ENGINE_LABEL, AscendV1Saver, AscendV1SaverConfig
 from slim_core.savers.ascendv1_folder import AscendV1Folder
-from slim_core.savers.ascendv1_layout import layout
+from slim_core.savers.ascendv1_layout import check_layout, layout
 
 OUT = 3
 KINDS = [

@@ -8,16 +8,20 @@ from slim_core.model.attention import AttentionInfo
 from slim_core.quantization.attention import AttentionForm, AttentionKind, StateForm
 from slim_core.quantization.kinds import LayerForm, LayerKind
 from slim_core.savers.loaders import (
+    MAIN_ENGINES,
+    engine_format,
     engines,
+    fuses,
     is_loadable,
     layer_class,
     lost_biases,
     mixed_fusions,
     no_engine,
     obstacle,
-    reads_ascendv1,
+    reads_floats,
     refused_together,
     unloadable,
+    unloadable_attentions,
 )
 
 
@@ -139,7 +143,8 @@ def test_layers_that_are_refused_together() -> None:
 
 
 def test_engines_of_other_formats() -> None:
-    assert [engine for engine in engines() if not reads_ascendv1(engine)] == ["mindie-sd"]
+    assert [engine for engine in engines() if engine_format(engine) != "ascendv1"] == ["mindie-sd"]
+    assert all(engine_format(engine) == format for format, engine in MAIN_ENGINES.items())
 
 
 def test_linears_that_are_fused_need_one_size_of_groups() -> None:
@@ -213,3 +218,23 @@ def test_attentions_count_too(kind: LayerKind, loads_cache: bool, loads_kernel: 
         found = no_engine({LINEAR: LayerForm(kind)}, {}, {}, {info: form})
         assert (found is None) == loads
         assert found is None or "(e.g. l.0.self_attn)" in found
+
+
+def test_mindie_sd_asks_for_biases_and_even_blocks() -> None:
+    for kind in ("W8A8_MXFP8", "W4A4_MXFP4", "W4A4_MXFP4_DUALSCALE"):
+        layers = {LINEAR: LayerForm(LayerKind(kind)), EXPERT: LayerForm(LayerKind(kind))}
+        assert unloadable(layers, dict.fromkeys(layers, 128), engine="mindie-sd") == []
+        assert no_engine(layers, dict.fromkeys(layers, 128), {}, {}, format="mindie") is None
+        warnings = unloadable(layers, dict.fromkeys(layers, 128), engine="mindie-sd", without_bias=[LINEAR])
+        assert warnings == [f"mindie-sd loads {kind} linear layers only with a bias (1 linears, e.g. {LINEAR})"]
+        found = no_engine(layers, dict.fromkeys(layers, 96), {}, {}, format="mindie")
+        assert found is not None
+        assert "only if 64 divides their input features" in found
+        assert "vllm" not in found
+    dynamic = {LINEAR: LayerForm(LayerKind.W8A8_DYNAMIC)}
+    assert unloadable(dynamic, {LINEAR: 24}, engine="mindie-sd", without_bias=[LINEAR]) == []
+
+
+def test_mindie_sd_puts_layers_in_place_one_by_one() -> None:
+    assert [engine for engine in engines() if not fuses(engine)] == ["mindie-sd"]
+    assert [engine for engine in engines() if not reads_floats(engine)] == ["mindie-sd"]

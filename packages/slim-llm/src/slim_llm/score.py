@@ -14,7 +14,8 @@ from slim_core.model.biases import take_stored_biases
 from slim_core.model.streamed import StreamedModel
 from slim_core.progress import Progress
 from slim_core.rotation.inputs import install, read_input_rotations
-from slim_core.savers.ascendv1_folder import AscendV1Folder
+from slim_core.savers.mindie_folder import open_quantized
+from slim_core.savers.quantized_folder import QuantizedFolder
 from slim_core.service import EvalRequest
 from slim_llm.models.attention import Attentions
 from slim_llm.models.host import say_host
@@ -34,13 +35,13 @@ def score(request: EvalRequest, progress: Progress) -> EvalResult:
     check_token_ids(model, inputs)
     quantized = None
     if request.quantized is not None:
-        folder = AscendV1Folder(request.quantized)
+        folder = open_quantized(request.quantized)
         quantized = (open_written(model, folder, trust), folder)
-    return evaluate(model, inputs, devices.first, progress, quantized)
+    return evaluate(model, inputs, devices.only(), progress, quantized)
 
 
 def open_written(
-    original: StreamedModel, folder: AscendV1Folder, trust_remote_code: bool, kind: ModelKind = CAUSAL_LM
+    original: StreamedModel, folder: QuantizedFolder, trust_remote_code: bool, kind: ModelKind = CAUSAL_LM
 ) -> StreamedModel:
     """The model over the files that were written for it."""
     config = read_config(folder.folder)

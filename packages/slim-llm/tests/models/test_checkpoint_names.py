@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transformers.core_model_loading import (
+    Chunk,
     Concatenate,
     Interleave,
     PermuteForRope,
@@ -315,7 +316,46 @@ def test_conversions_of_other_parameters_are_refused(
     model_folder: ModelFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Their values would be wrong if they were read as they are stored."""
-    rules = [WeightConverter("self_attn.q_proj.weight", "self_attn.q_proj.weight", [PermuteForRope()])]
+    rules = [WeightConverter("self_attn.q_proj.weight", "self_attn.q_proj.weight", [Transpose(0, 1)])]
     monkeypatch.setattr(conversions, "get_model_conversion_mapping", lambda _module: rules)
     with pytest.raises(UnsupportedError, match=r"transformers computes 'model\.layers\.0\.self_attn\.q_proj\.weight'"):
         open_model(model_folder("llama"))
+
+
+@torch.no_grad()
+def test_parameters_that_are_stored_fused_or_with_pairs_side_by_side(
+    plain: Callable[[Path], Any], model_folder: ModelFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are read as the model has them, stay float, and what is stored is what is written."""
+    folder = model_folder("llama", torch.float32)
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in stacked_tensors(folder).items():
+        if name.endswith("gate_proj.weight"):
+            tensors[name.replace("gate_proj", "w13")] = tensor
+        elif name.endswith("q_proj.weight"):  # 4 heads; each of its pairs, which lie half a head apart, in a row
+            heads = tensor.view(4, 2, -1, tensor.shape[1])
+            tensors[name] = torch.stack([heads[:, 0], heads[:, 1]], 2).reshape(tensor.shape)
+        elif not name.endswith("up_proj.weight"):
+            tensors[name] = tensor
+    for name, tensor in stacked_tensors(folder).items():
+        if name.endswith("up_proj.weight"):
+            fused = name.replace("up_proj", "w13")
+            tensors[fused] = torch.cat([tensors[fused], tensor])
+    rules = [
+        WeightConverter("mlp.w13.weight", ["mlp.gate_proj.weight", "mlp.up_proj.weight"], [Chunk(dim=0)]),
+        WeightConverter("self_attn.q_proj.weight", "self_attn.q_proj.weight", [PermuteForRope()]),
+    ]
+    ids = torch.arange(3, 24)[None]
+    want = plain(folder)(input_ids=ids, use_cache=False).logits
+    monkeypatch.setattr(conversions, "get_model_conversion_mapping", lambda _module: rules)
+    if "lm_head.weight" in tensors and torch.equal(tensors["lm_head.weight"], tensors["model.embed_tokens.weight"]):
+        del tensors["lm_head.weight"]
+    model = open_model(rewritten(folder, tmp_path / "model", tensors))
+    names = [name for unit in model.units for name in unit.parameters]
+    model.load(names, torch.device("cpu"))
+    assert torch.equal(model.module(input_ids=ids, use_cache=False).logits, want)
+    written = [name for unit in model.units for name in unit.tensors]
+    assert sorted(set(written) - {"lm_head.weight"}) == sorted(set(tensors) - {"lm_head.weight"})
+    assert len(written) == len(set(written))
+    linears = {info.name.rpartition(".")[2] for unit in model.units for info in unit.linears if info.in_block}
+    assert linears == {"k_proj", "v_proj", "o_proj", "down_proj"}

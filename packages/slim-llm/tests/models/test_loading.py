@@ -95,7 +95,7 @@ def test_configurations_that_are_refused(
 
 
 def test_a_quantized_folder_is_refused(model_folder: ModelFolder, output: ModelFolder) -> None:
-    with pytest.raises(UnsupportedError, match="holds a quantized ascendv1 checkpoint"):
+    with pytest.raises(UnsupportedError, match="holds a quantized checkpoint"):
         open_model(output("llama", "dynamic"))
 
 

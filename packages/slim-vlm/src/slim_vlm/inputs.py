@@ -47,6 +47,12 @@ class ImageInputs(Sequence[Mapping[str, Any]]):
                 self._coming[number] = self._pool.submit(self._preparation.inputs, self._samples[number])
         return self._coming.pop(at).result()
 
+    def close(self) -> None:
+        """Give up what was begun ahead; only what is being made at this moment is still finished."""
+        for future in self._coming.values():
+            future.cancel()
+        self._coming.clear()
+
 
 class ImageSamples:
     """The samples of image sets."""

@@ -11,7 +11,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from slim_core.errors import SlimError
+from slim_core.errors import InvalidModelError, SlimError
 from slim_core.logging import get_logger
 from slim_core.model.streamed import StreamedModel
 from slim_core.model.suspended import SuspendedForward
@@ -46,7 +46,10 @@ def find_towers(module: nn.Module, blocks: str) -> tuple[str, ...]:
 
 
 def _is_tower(path: str, module: nn.Module, own: list[nn.Module]) -> bool:
-    if any(module is part for part in own) or any(word in path.lower() for word in _ELSEWHERE):
+    # What happens to the input of a lone linear while it runs cannot be watched at the place where it is suspended.
+    if isinstance(module, nn.Linear) or any(module is part for part in own):
+        return False
+    if any(word in path.lower() for word in _ELSEWHERE):
         return False
     return any(True for _ in module.parameters())
 
@@ -102,6 +105,14 @@ def _calls(model: StreamedModel, given: Mapping[str, Any]) -> Counter[str]:
     try:
         with torch.no_grad(), SuspendedForward(model.module, model.blocks, [given]) as forward:
             forward.start()
+    except SlimError:
+        raise
+    except Exception as error:  # whatever a model's forward raises that is given what it does not expect
+        raise InvalidModelError(
+            f"the model's forward fails on a small picture: {type(error).__name__}: {error}",
+            where=str(model.folder),
+            remedy="the model, config.json and the processor's files must belong together",
+        ) from error
     finally:
         model.unload(names)
         for handle in handles:

@@ -12,9 +12,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from slim_core.errors import InvalidModelError, UnsupportedError
 
-__all__ = ["open_processor"]
+__all__ = ["has_template", "open_processor"]
 
 _PIXTRAL = "transformers.models.pixtral"
 _SETTINGS = ("processor_config.json", "preprocessor_config.json")
@@ -66,9 +68,8 @@ def open_processor(folder: Path, *, trust_remote_code: bool = False) -> Any:
 
 
 def _check_texts(processor: Any, folder: Path) -> None:
-    """Refuse a tokenizer without its files, which transformers lets pass, and a missing chat template."""
-    from transformers import ProcessorMixin
-
+    """Refuse a tokenizer without its files, which transformers lets pass, and a missing chat template, unless the
+    processor was made for plain prompts."""
     tokenizer = getattr(processor, "tokenizer", None)
     if tokenizer is not None and tokenizer("What?")["input_ids"] == tokenizer("Describe it.")["input_ids"]:
         raise InvalidModelError(
@@ -76,13 +77,32 @@ def _check_texts(processor: Any, folder: Path) -> None:
             where=str(folder),
             remedy="copy the tokenizer files into the model folder",
         )
-    inherited = getattr(type(processor), "apply_chat_template", None) is ProcessorMixin.apply_chat_template
-    if inherited and not processor.chat_template:
+    if not has_template(processor) and not _writes_places(processor):
         raise InvalidModelError(
             "the model has no chat template, which says where in a prompt a picture stands",
             where=str(folder),
             remedy="copy its chat_template.jinja or chat_template.json into the folder",
         )
+
+
+def has_template(processor: Any) -> bool:
+    """Whether chats can be given to a processor, by a template or in a way of its own."""
+    from transformers import ProcessorMixin
+
+    inherited = getattr(type(processor), "apply_chat_template", None) is ProcessorMixin.apply_chat_template
+    return not inherited or bool(getattr(processor, "chat_template", None))
+
+
+def _writes_places(processor: Any) -> bool:
+    """Whether a processor says by itself where in a plain prompt a picture stands, or its model needs no such place."""
+    token = getattr(processor, "image_token", None)
+    if token is None:
+        return True
+    try:
+        made = processor(images=[Image.new("RGB", (64, 96))], text="What?", return_tensors="pt")
+    except Exception:  # noqa: BLE001 - a processor that wants the place to be named says so in whatever way it likes
+        return False
+    return processor.tokenizer.convert_tokens_to_ids(str(token)) in made["input_ids"]
 
 
 def _without_torchvision(folder: Path) -> Any:

@@ -14,7 +14,7 @@ from slim_core.errors import InvalidDatasetError
 from slim_core.evaluation.perplexity import EvalResult, evaluate
 from slim_core.model.streamed import StreamedModel
 from slim_core.progress import Progress
-from slim_core.savers.ascendv1_folder import AscendV1Folder
+from slim_core.savers.mindie_folder import open_quantized
 from slim_core.service import EvalRequest
 from slim_llm.models.loading import open_tokenizer
 from slim_llm.score import open_written, text_windows
@@ -77,16 +77,16 @@ def score(request: EvalRequest, progress: Progress) -> EvalResult:
     model = open_vlm(request.model_path, trust_remote_code=trust)
     quantized = None
     if request.quantized is not None:
-        folder = AscendV1Folder(request.quantized)
+        folder = open_quantized(request.quantized)
         quantized = (open_written(model, folder, trust, IMAGE_TEXT), folder)
     if request.dataset is None:
         tokenizer = open_tokenizer(request.model_path, trust_remote_code=trust)
         windows = text_windows(request, tokenizer, max_positions(model))
         check_token_ids(model, windows)
-        return evaluate(model, windows, devices.first, progress, quantized)
+        return evaluate(model, windows, devices.only(), progress, quantized)
     prompt = SpecVlm.model_fields["default_text"].default
     samples = read_samples(find_dataset(request.dataset), prompt, answers=True)[: request.max_windows]
     check_images(samples)
     answers = _Answers(model, samples, trust_remote_code=trust)
     inputs = ImageInputs(samples, answers)
-    return evaluate(model, inputs, devices.first, progress, quantized, targets=answers.answers.__getitem__)
+    return evaluate(model, inputs, devices.only(), progress, quantized, targets=answers.answers.__getitem__)

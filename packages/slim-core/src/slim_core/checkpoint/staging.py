@@ -10,7 +10,9 @@ import fcntl
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from contextlib import suppress
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, cast
 
@@ -38,12 +40,17 @@ def _real(path: Path) -> Path:
         ) from error
 
 
-def _occupied(path: Path) -> bool:
-    return path.exists() and not (path.is_dir() and not any(path.iterdir()))
+def _occupied(path: Path, keeps: Sequence[str] = ()) -> bool:
+    if not path.is_dir():
+        return path.exists()
+    return any(not any(fnmatchcase(entry.name, pattern) for pattern in keeps) for entry in path.iterdir())
 
 
-def check_target(target: Path, model: Path, overwrite: bool) -> None:
+def check_target(target: Path, model: Path, overwrite: bool, keeps: Sequence[str] = ()) -> None:
     """Refuse a target that would damage something, or that could not be put in place at the end.
+
+    Args:
+        keeps: patterns of files that do not count, because the run takes them over into its output.
 
     Raises:
         SecurityError: the target is the model folder, lies inside it or around it; is a file or a mount point; is a
@@ -56,14 +63,14 @@ def check_target(target: Path, model: Path, overwrite: bool) -> None:
             "save_path and model_path overlap", where=str(target), remedy="choose a folder outside the model"
         )
     try:
-        _check_place(target, real, overwrite)
+        _check_place(target, real, overwrite, keeps)
     except OSError as error:
         raise EnvError(
             f"cannot be used as save_path: {error.strerror}", where=str(target), remedy="choose another folder"
         ) from error
 
 
-def _check_place(target: Path, real: Path, overwrite: bool) -> None:
+def _check_place(target: Path, real: Path, overwrite: bool, keeps: Sequence[str]) -> None:
     if real.exists() and not real.is_dir():
         raise SecurityError("save_path is a file", where=str(target), remedy="choose a folder")
     if os.path.ismount(real):
@@ -72,7 +79,7 @@ def _check_place(target: Path, real: Path, overwrite: bool) -> None:
             where=str(target),
             remedy="choose a folder inside it",
         )
-    if not (_occupied(real) or _occupied(_hidden(real, "old"))):
+    if not (_occupied(real, keeps) or _occupied(_hidden(real, "old"))):
         return
     if not overwrite:
         raise SecurityError(

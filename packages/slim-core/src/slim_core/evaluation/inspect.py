@@ -9,8 +9,9 @@ from typing import Any, TypeVar
 
 from slim_core.checkpoint.header import DTYPE_NAMES, StoredTensor
 from slim_core.checkpoint.reader import Checkpoint
-from slim_core.savers.ascendv1 import DESCRIPTION_FILE
-from slim_core.savers.ascendv1_folder import AscendV1Folder
+from slim_core.model.inputs import MUL_SCALE
+from slim_core.savers.base import INNER
+from slim_core.savers.mindie_folder import is_quantized, open_quantized
 from slim_core.sizes import human_size
 
 __all__ = ["Inspection", "Tally", "inspect_folder"]
@@ -33,7 +34,7 @@ class Inspection:
     """What a folder holds.
 
     Args:
-        format: ``ascendv1``, or ``float`` for a model that is not quantized in this format.
+        format: ``ascendv1``, ``mindie``, or ``float`` for a model that is not quantized.
         model_quant_type: the type of the whole model; None for a float model.
         files: every file of the folder and its size.
         shards: weight file to what it holds.
@@ -93,13 +94,15 @@ class Inspection:
 
 
 def inspect_folder(path: Path) -> Inspection:
-    """Look into an ascendv1 folder or a plain model folder.
+    """Look into a quantized folder or a plain model folder.
 
     Raises:
         InvalidModelError: there are no weights, or description, index or a header cannot be read.
     """
-    if (path / DESCRIPTION_FILE).exists():
-        folder = AscendV1Folder(path)
+    form = "float"
+    if is_quantized(path):
+        folder = open_quantized(path)
+        form = folder.format
         source, types = folder.source, folder.types
         labels = {name: types.get(name, "(no entry)") for name in source}
         keys = {key: value for key, value in folder.description.items() if key not in types}
@@ -115,7 +118,7 @@ def inspect_folder(path: Path) -> Inspection:
     ]
     return Inspection(
         path=path,
-        format="float" if quant_type is None else "ascendv1",
+        format=form,
         model_quant_type=quant_type,
         files={str(f.relative_to(path)): f.stat().st_size for f in sorted(path.rglob("*")) if f.is_file()},
         shards=dict(sorted(_tally((tensor.file.name, tensor) for tensor in stored).items())),
@@ -127,10 +130,13 @@ def inspect_folder(path: Path) -> Inspection:
 
 
 def _leaves(stored: Sequence[StoredTensor], labels: Mapping[str, str]) -> dict[tuple[str, str], Tally]:
-    """All tensors of a module count under the type of its weight."""
+    """All tensors of a module count under the type of its weight; so does the scale of its input."""
+    scaled = {tensor.name.removesuffix(MUL_SCALE) for tensor in stored if tensor.name.endswith(MUL_SCALE)}
 
     def of(tensor: StoredTensor) -> tuple[str, str]:
         prefix = tensor.name.rpartition(".")[0]
+        if (linear := prefix.rpartition(".")[0]) in scaled:
+            return linear.rpartition(".")[2], labels.get(f"{linear}{INNER}.weight", labels[tensor.name])
         return prefix.rpartition(".")[2] or tensor.name, labels.get(f"{prefix}.weight", labels[tensor.name])
 
     return _tally((of(tensor), tensor) for tensor in stored)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from slim_core.errors import InvalidModelError, UnsupportedError
+from slim_core.evaluation.report.data import finite
 from slim_core.model.skeleton import named_modules
 from slim_core.model.streamed import StreamedModel
 from slim_core.model.units import Unit
@@ -24,7 +25,7 @@ from slim_core.progress import Progress
 from slim_core.quantization.attention import QuantizedAttention
 from slim_core.quantization.layers import QuantizedLinear
 from slim_core.runners.calibration import BlockForwards, simulated, simulating_taps
-from slim_core.savers.ascendv1_folder import AscendV1Folder
+from slim_core.savers.quantized_folder import QuantizedFolder
 
 __all__ = ["EvalResult", "evaluate"]
 
@@ -55,6 +56,24 @@ class EvalResult:
         """Quantized over original perplexity."""
         return None if self.quantized_perplexity is None else self.quantized_perplexity / self.perplexity
 
+    def table(self) -> tuple[list[str], list[list[str]]]:
+        """Head and rows of a table for people."""
+        if self.quantized_perplexity is None:
+            return ["", "original"], [["perplexity", f"{self.perplexity:.4f}"], ["tokens", str(self.tokens)]]
+        rows = [
+            ["perplexity", f"{self.perplexity:.4f}", f"{self.quantized_perplexity:.4f}"],
+            ["ratio", "", f"{self.ratio:.4f}"],
+            ["KL divergence (nats)", "", f"{self.kl_divergence:.5f}"],
+            ["top-1 agreement", "", f"{self.top1_agreement:.2%}"],
+            ["logits SQNR (dB)", "", f"{self.logits_sqnr_db:.1f}"],
+            ["tokens", str(self.tokens), str(self.tokens)],
+        ]
+        return ["", "original", "quantized"], rows
+
+    def as_json(self) -> dict[str, Any]:
+        """The same as plain data."""
+        return {key: finite(value) for key, value in {**asdict(self), "ratio": self.ratio}.items()}
+
 
 @dataclass
 class _Sums:
@@ -72,7 +91,7 @@ def evaluate(
     inputs: Sequence[Mapping[str, Any]],
     device: torch.device,
     progress: Progress,
-    quantized: tuple[StreamedModel, AscendV1Folder] | None = None,
+    quantized: tuple[StreamedModel, QuantizedFolder] | None = None,
     targets: Callable[[int], Tensor] | None = None,
 ) -> EvalResult:
     """Score what a model predicts.
@@ -127,17 +146,17 @@ def evaluate(
     return result
 
 
-def _layers_of(unit: Unit, folder: AscendV1Folder) -> dict[str, QuantizedLinear]:
+def _layers_of(unit: Unit, folder: QuantizedFolder) -> dict[str, QuantizedLinear]:
     found = {info.name: folder.layer(info.prefix) for info in unit.linears}
     return {name: layer for name, layer in found.items() if layer is not None}
 
 
-def _attentions_of(unit: Unit, folder: AscendV1Folder) -> dict[str, QuantizedAttention]:
+def _attentions_of(unit: Unit, folder: QuantizedFolder) -> dict[str, QuantizedAttention]:
     found = {info.name: folder.attention(info) for info in unit.attentions}
     return {name: attention for name, attention in found.items() if attention is not None}
 
 
-def _check_structure(original: StreamedModel, model: StreamedModel, folder: AscendV1Folder) -> None:
+def _check_structure(original: StreamedModel, model: StreamedModel, folder: QuantizedFolder) -> None:
     """Refuse files of a model whose configuration makes other linears."""
     first, second = (
         {
@@ -156,7 +175,7 @@ def _check_structure(original: StreamedModel, model: StreamedModel, folder: Asce
         )
 
 
-def _check_attentions(model: StreamedModel, folder: AscendV1Folder) -> None:
+def _check_attentions(model: StreamedModel, folder: QuantizedFolder) -> None:
     """Refuse to leave a quantized attention in floating point."""
     known = {info.prefix for unit in model.units for info in unit.attentions if not info.problem}
     if lost := sorted(folder.attentions() - known):

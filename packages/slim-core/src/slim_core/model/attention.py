@@ -39,6 +39,8 @@ class AttentionInfo:
         sees_query: whether a tap is shown the query.
         problem: why its states cannot be reached; empty if they can.
         shared: whether later layers attend to its keys and values too, with queries of their own.
+        rotated: whether query and key are rotated by one matrix that is written for engines, before they are seen.
+        also_called: further names that recipes may use for it.
     """
 
     name: str
@@ -51,6 +53,8 @@ class AttentionInfo:
     sees_query: bool = True
     problem: str = ""
     shared: bool = False
+    rotated: bool = False
+    also_called: tuple[str, ...] = ()
 
 
 class AttentionAccess(Protocol):

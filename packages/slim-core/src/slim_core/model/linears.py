@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 __all__ = ["is_linear", "keep_float"]
 
@@ -22,9 +23,12 @@ def keep_float(module: nn.Module) -> None:
 def is_linear(module: nn.Module) -> bool:
     """Whether a module computes ``x W^T + b`` of its parameters and nothing more, and may be quantized.
 
-    A class that writes the forward of :class:`torch.nn.Linear` anew is tried on numbers, with weights of its own.
+    A class that writes the forward of :class:`torch.nn.Linear` anew is tried on numbers, with weights of its own. The
+    output projection of :class:`torch.nn.MultiheadAttention` is none: it is never called, its weight is used by hand.
     """
     if not isinstance(module, nn.Linear) or module.__dict__.get(_KEPT):
+        return False
+    if isinstance(module, NonDynamicallyQuantizableLinear):
         return False
     return type(module).forward is nn.Linear.forward or _computes_a_linear(module)
 

@@ -34,10 +34,20 @@ _TOLERANCE_OF_ROUNDED = 0.05
 
 @dataclass
 class Findings:
-    """The subgraphs of a block that were proved, in the order of smoothing, and why others were not taken."""
+    """The subgraphs of a block that were proved, in the order of smoothing, and why others were not taken.
+
+    Args:
+        inputs: what linears that share an input are given, to be scaled while the model runs; subgraphs without source.
+    """
 
     subgraphs: list[Subgraph] = field(default_factory=list[Subgraph])
     refused: dict[str, str] = field(default_factory=dict[str, str])
+    inputs: list[Subgraph] = field(default_factory=list[Subgraph])
+
+    @property
+    def every(self) -> list[Subgraph]:
+        """Subgraphs with a source, and then those without."""
+        return [*self.subgraphs, *self.inputs]
 
     def sorted(self) -> Findings:
         return replace(self, subgraphs=sorted(self.subgraphs, key=lambda graph: PRIORITY[graph.type]))

@@ -17,11 +17,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from slim_core.checkpoint.joined import Part
 from slim_core.checkpoint.source import TensorMeta, TensorSource
 from slim_core.errors import InvalidModelError, UnexpectedError
 from slim_core.model.attention import AttentionAccess, AttentionInfo, Tap
 from slim_core.model.biases import drop_bias, expect_bias
 from slim_core.model.drafts import find_drafts
+from slim_core.model.inputs import MUL_SCALE, drop_input_scales
 from slim_core.model.linears import is_linear
 from slim_core.model.skeleton import find_blocks, named_modules
 from slim_core.model.subgraphs import GivenSubgraph
@@ -45,9 +47,13 @@ class StreamedModel:
             size if not given.
         tensor_name: turns a parameter name into the checkpoint's name for it, where the two differ.
         skip: checkpoint tensors that are not read through this model (those of quantized linears).
+        other_name: gives another name of a module that recipes may use for it.
         attention: the attentions of the model and the way to their states; None if nobody knows.
-        joined: tensors of the source that are stored in parts, see :class:`JoinedSource`; the parts are written.
+        joined: tensors of the source that are stored in another arrangement, see :class:`JoinedSource`; what is stored
+            is written.
         subgraphs, unsmoothed: what an adapter says of where outliers can be moved.
+        scaled_inputs: groups of linears that read the same input, by their names below a block, whose input may be
+            scaled while the model runs where nothing can be folded; None: found by running the blocks.
         towers: dotted names of the modules that each run at most once ahead of the blocks, in the order of their calls.
         tower_example: gives keyword arguments of the model for one short sample that makes all its towers run.
 
@@ -63,9 +69,11 @@ class StreamedModel:
     tensor_name: Callable[[str], str] = str
     skip: frozenset[str] = frozenset()
     attention: AttentionAccess | None = None
-    joined: Mapping[str, tuple[str, ...]] = field(default_factory=dict[str, tuple[str, ...]])
+    joined: Mapping[str, tuple[str | Part, ...]] = field(default_factory=dict[str, "tuple[str | Part, ...]"])
     subgraphs: tuple[GivenSubgraph, ...] = ()
     unsmoothed: tuple[str, ...] = ()
+    scaled_inputs: tuple[tuple[str, ...], ...] | None = ()
+    other_name: Callable[[str], str] | None = None
     towers: tuple[str, ...] = ()
     tower_example: Callable[[], Mapping[str, Any]] | None = None
     units: list[Unit] = field(default_factory=list[Unit], init=False)
@@ -143,6 +151,8 @@ class StreamedModel:
     def _name_of_addition(self, parameter: str) -> str:
         """A name like that of the module's weight, which the checkpoint may call otherwise than the model does."""
         path, _, leaf = parameter.rpartition(".")
+        if parameter.endswith(MUL_SCALE):
+            path, leaf = parameter.removesuffix(MUL_SCALE), MUL_SCALE.removeprefix(".")
         weight = self.tensor_name(f"{path}.weight")
         known = f"{path}.weight" in self._shapes and weight.endswith(".weight")
         return weight.removesuffix("weight") + leaf if known else self.tensor_name(parameter)
@@ -218,7 +228,8 @@ class StreamedModel:
         units: list[Unit] = []
         for number, (name, members) in enumerate(groups.items()):
             parameters = {member: self._names[member] for member in members if member in self._names}
-            parts = [part for t in parameters.values() for part in self.joined.get(t, (t,))]
+            held = [part for stored in parameters.values() for part in self.joined.get(stored, (stored,))]
+            parts = [part.name if isinstance(part, Part) else part for part in held]
             tensors = {part: part for part in parts if part not in written}
             tensors |= {
                 alias: origin
@@ -265,6 +276,7 @@ class StreamedModel:
                     has_bias=module._parameters.get("bias") is not None,  # pyright: ignore
                     in_block=owner is not None,
                     in_decoder=owner is not None and owner not in self.towers,
+                    also_called=(self.other_name(name),) if self.other_name is not None else (),
                 )
             )
         return found
@@ -290,8 +302,9 @@ class StreamedModel:
             _assign(self.module, name, value, self._shapes[name])
 
     def unload(self, names: Iterable[str]) -> None:
-        """Put these parameters back on ``meta`` and give their memory back; biases that were added are dropped."""
+        """Put these parameters back on ``meta`` and give their memory back; what was added is dropped."""
         wanted = list(names)
+        drop_input_scales(self.module, wanted)
         for name in wanted:
             if name not in self._names and name.endswith(".bias"):
                 drop_bias(self.module.get_submodule(name.removesuffix(".bias")))

@@ -7,7 +7,10 @@ type              source, divided by the scale         targets, multiplied by it
 ``ov``            the value rows of a projection       the attention's output projection
 ``up-down``       the up rows of an MLP                its down projection
 ``linear-linear`` the rows of a linear                 the linear that reads its output
+``norm-linear``   none: the input itself is divided    linears that read the same input
 ================  ===================================  =========================================
+
+The last is called *non-fusion*: its input is divided while the model runs.
 
 Candidates come from the names and shapes that decoders share, or from an adapter; whether one holds is not believed but
 proved on the block itself (:mod:`slim_core.model.probing`).
@@ -25,9 +28,10 @@ from torch import Tensor, nn
 from slim_core.errors import UnsupportedError
 from slim_core.model.skeleton import named_modules
 
-__all__ = ["PRIORITY", "SUBGRAPH_TYPES", "GivenSubgraph", "Subgraph", "candidates", "is_norm"]
+__all__ = ["NON_FUSION", "PRIORITY", "SUBGRAPH_TYPES", "GivenSubgraph", "Subgraph", "candidates", "is_norm"]
 
 SUBGRAPH_TYPES = ("norm-linear", "linear-linear", "ov", "up-down")
+NON_FUSION = "non-fusion"
 PRIORITY = {"up-down": 0, "ov": 1, "linear-linear": 2, "norm-linear": 3}
 """The order in which they are smoothed: a source's rows change before the columns of the same matrix are measured."""
 
@@ -45,7 +49,8 @@ class Subgraph:
 
     Args:
         type: one of :data:`SUBGRAPH_TYPES`.
-        source: module name of the norm or linear whose output channels are divided.
+        source: module name of the norm or linear whose output channels are divided. Empty where there is none to fold
+            the scale into (*non-fusion*): what the targets are given is then divided while the model runs.
         targets: module names of the matrices whose input columns are multiplied; all read the same channels.
         columns: int64 ``(in,)``: which of the shared scales each input column of a target belongs to.
         rows: int64 ``(scales,)``: the row of the source's weight that each scale divides; None if it is a norm.
@@ -63,6 +68,16 @@ class Subgraph:
     plus_one: bool = False
     head_dim: int = 0
     direct: bool = False
+
+    @property
+    def name(self) -> str:
+        """What it goes by in patterns, notes and reports: its source, or its first target where it has none."""
+        return self.source or self.targets[0]
+
+    @property
+    def label(self) -> str:
+        """Its type, or ``non-fusion`` where nothing is folded."""
+        return self.type if self.source else NON_FUSION
 
     @property
     def scales(self) -> int:

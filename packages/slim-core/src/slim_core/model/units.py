@@ -24,6 +24,7 @@ class LinearInfo:
         in_block: whether it is inside a decoder block or a tower, so that recipes can name it.
         in_decoder: whether it is inside a decoder block.
         runs: whether the model runs it; of a drafting layer's nothing can be observed.
+        also_called: further names that recipes may use for it.
     """
 
     name: str
@@ -34,6 +35,7 @@ class LinearInfo:
     in_block: bool
     runs: bool = True
     in_decoder: bool = True
+    also_called: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

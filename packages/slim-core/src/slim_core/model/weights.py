@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from slim_core.checkpoint.source import LazyTensor, TensorMeta, TensorSource
 from slim_core.errors import UnexpectedError
+from slim_core.model.inputs import MUL_SCALE, scale_input
 from slim_core.model.streamed import StreamedModel
 from slim_core.model.units import Unit
 
@@ -173,7 +174,13 @@ class UnitWeights:
 
     def hand_over(self, name: str) -> None:
         """Give the module a parameter as it is now; none if it has no value yet."""
+        if name.endswith(MUL_SCALE):
+            factor = self._views[name].stored_form().to(self._device) if name in self._views else None
+            scale_input(self._model.module.get_submodule(name.removesuffix(MUL_SCALE)), factor)
+            return
         path, _, leaf = name.rpartition(".")
+        if name in self._added and leaf != "bias":
+            return  # it lies beside the module in the files, and is applied by who knows of it
         module = self._model.module.get_submodule(path)
         view = self._views.get(name)
         if view is None:
@@ -185,11 +192,13 @@ class UnitWeights:
         setattr(module, leaf, nn.Parameter(value, requires_grad=False))
 
     def fill(self) -> None:
-        """Make the biases zero that the unit was given but that nothing has been done to."""
+        """Make the biases zero, and the scales of inputs one, that were added but that nothing has been done to."""
+        made = {".bias": torch.zeros, MUL_SCALE: torch.ones}
         self.apply(
-            Edit(name, value=torch.zeros(meta.shape))
+            Edit(name, value=make(meta.shape))
             for name, meta in self._added.items()
-            if name not in self._views and name.endswith(".bias")
+            for suffix, make in made.items()
+            if name not in self._views and name.endswith(suffix)
         )
 
     def _new(self, parameter: str) -> WeightView:

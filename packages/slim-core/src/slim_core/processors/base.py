@@ -236,6 +236,16 @@ class Processor:
         return False
 
     @property
+    def changes_floats(self) -> bool:
+        """Whether it may change tensors that stay in floating point, such as weights of norms."""
+        return self.reshapes
+
+    @property
+    def leaves_extras(self) -> bool:
+        """Whether :meth:`extras` will give something."""
+        return False
+
+    @property
     def uses_structure(self) -> bool:
         """Whether :meth:`adopt` must be told what is known of the blocks."""
         return False

@@ -33,6 +33,7 @@ _SCHEMES = {
     ("int8", "per_token"),
     ("fp8_e4m3", "per_token"),
     ("mxfp4", "per_block"),
+    ("mxfp8", "per_block"),
 }
 QUERY_KEY_RATIO, VALUE_RATIO = 0.9999, 1.0
 """Query and key have single values far outside, which the softmax forgives; those of the value go into the output."""
@@ -45,7 +46,7 @@ class StateExt(Ext, total=False):
 
 
 def _scope(data: dict[str, Any]) -> Scope:
-    return "per_block" if data.get("dtype") == "mxfp4" else "per_head"
+    return "per_block" if data.get("dtype") in ("mxfp4", "mxfp8") else "per_head"
 
 
 class StateConfig(QConfig):
@@ -53,10 +54,10 @@ class StateConfig(QConfig):
 
     methods: ClassVar[Mapping[str, frozenset[str]]] = {"minmax": frozenset({"ratio"}), "none": frozenset({"ratio"})}
 
-    dtype: DType = Field(default="int8", description="Number format: int8, fp8_e4m3 or mxfp4. Default: int8")
+    dtype: DType = Field(default="int8", description="Number format: int8, fp8_e4m3, mxfp8 or mxfp4. Default: int8")
     scope: Scope = Field(
         default_factory=_scope,
-        description="per_head: one static scale per head; per_token: at run time; per_block: mxfp4. Default: per_head",
+        description="per_head: static; per_token: at run time; per_block: mxfp8 and mxfp4. Default: per_head",
     )
     symmetric: bool = Field(default=True, description="Zero maps to zero: always true")
     method: str = Field(default="minmax", description="How the scale is found: minmax")
@@ -65,9 +66,7 @@ class StateConfig(QConfig):
     @model_validator(mode="after")
     def _legal(self) -> StateConfig:
         text = ""
-        if (self.dtype, self.scope) == ("mxfp8", "per_block"):
-            text = "the ascendv1 format has no name for attention in mxfp8; use mxfp4 per_block or fp8_e4m3 per_token"
-        elif (self.dtype, self.scope) not in _SCHEMES:
+        if (self.dtype, self.scope) not in _SCHEMES:
             known = ", ".join(f"{dtype} {scope}" for dtype, scope in sorted(_SCHEMES))
             text = f"attention is not quantized to {self.dtype} {self.scope}; use one of {known}"
         elif not self.symmetric:

@@ -50,10 +50,15 @@ class KVSmooth(Processor):
         super().__init__(config, position)
         self._places: dict[str, list[QueryKey]] = {}
         self._notes: list[str] = []
+        self._folds_floats = True
 
     @property
     def reshapes(self) -> bool:
         return True
+
+    @property
+    def changes_floats(self) -> bool:
+        return self._folds_floats and bool(self._all())
 
     @property
     def uses_structure(self) -> bool:
@@ -64,6 +69,7 @@ class KVSmooth(Processor):
         return True
 
     def adopt(self, structure: Structure, model: StreamedModel) -> None:
+        self._folds_floats = structure.folds_floats
         chosen = NameFilter(self.config.include, self.config.exclude)
         spelled = {info.name: (info.name, info.prefix) for unit in model.units for info in unit.attentions}
         names = list(spelled)

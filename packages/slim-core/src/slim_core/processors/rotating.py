@@ -81,6 +81,14 @@ class Rotating(Processor, ABC):
         return True
 
     @property
+    def changes_floats(self) -> bool:
+        return True
+
+    @property
+    def leaves_extras(self) -> bool:
+        return self.exports or self.config.online
+
+    @property
     def rotated(self) -> RotatedModel:
         """What :meth:`prepare` has made."""
         if self._rotated is None:

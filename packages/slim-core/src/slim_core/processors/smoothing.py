@@ -12,9 +12,10 @@ from pydantic import Field, field_validator
 
 from slim_core.errors import UnsupportedError
 from slim_core.logging import get_logger
+from slim_core.model.inputs import mul_scale_of
 from slim_core.model.streamed import StreamedModel
 from slim_core.model.structure import Structure
-from slim_core.model.subgraphs import SUBGRAPH_TYPES, Subgraph
+from slim_core.model.subgraphs import NON_FUSION, SUBGRAPH_TYPES, Subgraph
 from slim_core.model.units import Addition, LinearInfo
 from slim_core.processors.base import Assignment, AttentionState, Processor, UnitWork
 from slim_core.quantization.statistics import InputStatistics, Need
@@ -28,7 +29,11 @@ SubgraphType = Literal["norm-linear", "linear-linear", "ov", "up-down"]
 
 
 class SmootherConfig(ProcessorConfig):
-    """Which subgraphs are smoothed. Patterns name their *source*: the norm, ``v_proj``, ``up_proj``."""
+    """Which subgraphs are smoothed.
+
+    Patterns name their *source*: the norm, ``v_proj``, ``up_proj``; where there is none, the first of the linears that
+    read the input.
+    """
 
     phase = Phase.SMOOTHING
     kinds: ClassVar[tuple[str, ...]] = SUBGRAPH_TYPES
@@ -74,6 +79,7 @@ class Smoother(Processor, ABC):
         self._shifted: set[str] = set()
         self._latent: set[str] = set()
         self._model_dtype: torch.dtype | None = None
+        self._folds_floats = True
 
     @property
     def shifts(self) -> bool:
@@ -85,33 +91,39 @@ class Smoother(Processor, ABC):
         return True
 
     @property
+    def changes_floats(self) -> bool:
+        return self._folds_floats and any(graph.source for graphs in self._graphs.values() for graph in graphs)
+
+    @property
     def uses_structure(self) -> bool:
         return True
 
     def adopt(self, structure: Structure, model: StreamedModel) -> None:
         chosen = NameFilter(self.config.include, self.config.exclude)
         kinds, types = self.config.kinds, self.config.types
-        checkpoint = {info.name: info.prefix for unit in model.units for info in unit.linears}
 
-        def names(source: str) -> tuple[str, str]:
-            stored = checkpoint.get(source) or model.tensor_name(f"{source}.weight").removesuffix(".weight")
-            return source, stored
+        def names(source: str) -> tuple[str, ...]:
+            if (info := self._linears.get(source)) is not None:
+                return source, info.prefix, *info.also_called
+            other = () if model.other_name is None else (model.other_name(source),)
+            return source, model.tensor_name(f"{source}.weight").removesuffix(".weight"), *other
 
         self._linears = {info.name: info for unit in model.units for info in unit.linears}
         self._model_dtype = model.dtype
+        self._folds_floats = structure.folds_floats
         self._parameters = {name for unit in model.units for name in unit.parameters}
         self._latent = {info.name for unit in model.units for info in unit.attentions if info.latent}
         # Nothing is observed of what only routers and the like read.
         known = {
-            unit: [g for g in found.subgraphs if not self._linears.keys().isdisjoint(g.targets)]
+            unit: [g for g in found.every if not self._linears.keys().isdisjoint(g.targets)]
             for unit, found in structure.findings.items()
         }
         self._graphs = {
-            unit: [g for g in graphs if g.type in types and chosen.matches(*names(g.source))]
+            unit: [g for g in graphs if g.type in types and chosen.matches(*names(g.name))]
             for unit, graphs in known.items()
         }
         every = [graph for graphs in known.values() for graph in graphs]
-        self._note(structure, chosen, names, [graph.source for graph in every if graph.type in types])
+        self._note(structure, chosen, names, [graph.name for graph in every if graph.type in types])
         if not any(graph.type in kinds for graph in every):
             only = "" if kinds == SUBGRAPH_TYPES else f" of type {', '.join(kinds)}"
             refused = structure.refused()
@@ -122,6 +134,13 @@ class Smoother(Processor, ABC):
                 remedy="leave this processor out",
             )
         self._widths = {g.source: len(g.columns) for graphs in self._graphs.values() for g in graphs}
+        stored = {name: tensor for unit in model.units for name, tensor in unit.parameters.items()}
+        self._scaled = [
+            Addition(mul_scale_of(target), model.source.meta(stored[f"{target}.weight"]).dtype, (len(graph.columns),))
+            for graphs in self._graphs.values()
+            for graph in graphs
+            for target in (() if graph.source else graph.targets)
+        ]
         if self.shifts:
             self._choose_shifts(model)
 
@@ -153,8 +172,14 @@ class Smoother(Processor, ABC):
         """
         left: dict[str, str] = {}
         changed: list[str] = []
+        if scaled := [graph.name for graphs in self._graphs.values() for graph in graphs if not graph.source]:
+            self._notes.append(
+                f"spec.{self.position}: {len(scaled)} inputs are scaled but not shifted, because there is no norm "
+                f"whose bias could take the shift, e.g. that of {scaled[0]}"
+            )
         stored = {name: tensor for unit in model.units for name, tensor in unit.parameters.items()}
-        for graph in (graph for graphs in self._graphs.values() for graph in graphs if graph.type == "norm-linear"):
+        norms = [g for graphs in self._graphs.values() for g in graphs if g.type == "norm-linear" and g.source]
+        for graph in norms:
             odd = next((one for one in graph.targets if one not in self._linears or self._latent_of(one)), None)
             if _is_silent(graph, model, stored):
                 continue
@@ -182,8 +207,8 @@ class Smoother(Processor, ABC):
         return attention if leaf == "kv_b_proj" and attention in self._latent else None
 
     def summary(self) -> str:
-        counts = Counter(graph.type for graphs in self._graphs.values() for graph in graphs)
-        parts = [f"{counts[name]} {name}" for name in SUBGRAPH_TYPES if counts[name]]
+        counts = Counter(graph.label for graphs in self._graphs.values() for graph in graphs)
+        parts = [f"{counts[name]} {name}" for name in (*SUBGRAPH_TYPES, NON_FUSION) if counts[name]]
         shifted = f", {len(self._shifted)} norms shifted" if self._shifted else ""
         return f"{self.config.type}: {', '.join(parts)} smoothed{shifted}" if parts else ""
 
@@ -202,7 +227,8 @@ class Smoother(Processor, ABC):
         every = [graph for graphs in self._graphs.values() for graph in graphs]
         owners = {graph.source.rpartition(".")[0] for graph in every if graph.type == "ov"} - self._latent
         changes = {AttentionState(attention, "value") for attention in owners}
-        for attention in {self._latent_of(target) for graph in every for target in graph.targets} - {None}:
+        folded = [target for graph in every if graph.source for target in graph.targets]
+        for attention in {self._latent_of(target) for target in folded} - {None}:
             assert attention is not None
             changes |= {AttentionState(attention, state) for state in ("query", "key", "value")}
         return changes
@@ -218,7 +244,7 @@ class Smoother(Processor, ABC):
                         Addition(f"{target}.bias", torch.float32, (self._linears[target].out_features,))
                         for target in graph.targets
                     ]
-        return [addition for addition in wanted if addition.parameter not in self._parameters]
+        return [addition for addition in (*wanted, *self._scaled) if addition.parameter not in self._parameters]
 
     def working_bytes(self, linears: Sequence[LinearInfo], assignments: Mapping[str, Assignment]) -> int:
         return self.copied_bytes(linears)
@@ -234,8 +260,8 @@ class Smoother(Processor, ABC):
         for graph in self._graphs.get(work.name, ()):
             seen = seen_by(graph, work)
             if (reason := _nothing_in(seen)) is not None:
-                skipped.setdefault(reason, []).append(graph.source)
-                work.note(SmoothingNote(self.position, graph.type, graph.source, graph.targets, 0, skipped=reason))
+                skipped.setdefault(reason, []).append(graph.name)
+                work.note(SmoothingNote(self.position, graph.label, graph.name, graph.targets, 0, skipped=reason))
                 continue
             smoothing = self.choose(graph, seen, work)
             done = carry_out(smoothing, work) if smoothing.changes else smoothing

@@ -3,7 +3,8 @@
 
 States are ``(batch, heads, tokens, channels)``. Statically quantized ones are int8, ``clamp(round(x / s + z))`` with a
 scale per channel (of every head) or per head, or FP8 with a scale per head; dynamically quantized ones have a scale
-per token of a head, or MXFP4 exponents per 32 channels.
+per token of a head, or are MXFP8 or MXFP4 with an exponent for every 32 of what the kernel sums over: channels of query
+and key, tokens of the value.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from slim_core.errors import UnexpectedError, UnsupportedError
 from slim_core.model.attention import AttentionInfo, States
 from slim_core.quantization.affine import EPSILON, dequantize, quantize, quantize_per_token, stored_parameters
 from slim_core.quantization.floating import e4m3_scale, e4m3_values, quantize_e4m3_per_token, round_to_e4m3
-from slim_core.quantization.microscaling import mxfp4_activations
+from slim_core.quantization.microscaling import mxfp4_activations, mxfp8_activations
 
 __all__ = ["AttentionForm", "AttentionKind", "QuantizedAttention", "QuantizedState", "StateForm"]
 __all__ += ["check_attention", "state_parameters"]
@@ -39,7 +40,7 @@ class StateForm:
     """How one of query, key and value is quantized.
 
     Args:
-        dtype: ``int8``, ``fp8_e4m3`` or ``mxfp4``.
+        dtype: ``int8``, ``fp8_e4m3``, ``mxfp8`` or ``mxfp4``.
         scope: ``per_channel`` or ``per_head`` (static), ``per_token`` or ``per_block`` (dynamic).
         symmetric: without offset.
         share: the share of all values of a channel or head that a static range must hold; the rest, farthest from
@@ -138,6 +139,8 @@ class QuantizedState:
             case "fp8_e4m3", "per_token":
                 codes, scale = quantize_e4m3_per_token(x)
                 return e4m3_values(codes) * scale
+            case "mxfp8", "per_block":
+                return mxfp8_activations(x)
             case "mxfp4", "per_block":
                 return mxfp4_activations(x)
             case _:
@@ -178,8 +181,15 @@ class QuantizedAttention:
         return (
             query,
             key if self.key is None else self.key.simulate(key),
-            value if self.value is None else self.value.simulate(value),
+            value if self.value is None else _summed_over_tokens(self.value, value),
         )
+
+
+def _summed_over_tokens(state: QuantizedState, value: Tensor) -> Tensor:
+    """A value, whose blocks lie along the tokens, because those are what it is summed over."""
+    if state.form.scope != "per_block":
+        return state.simulate(value)
+    return state.simulate(value.transpose(2, 3)).transpose(2, 3)
 
 
 def state_parameters(form: StateForm, low: Tensor, high: Tensor, dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:

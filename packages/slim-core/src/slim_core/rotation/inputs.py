@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from slim_core.checkpoint.source import TensorSource
 from slim_core.errors import VerificationError
+from slim_core.model.inputs import change_inputs
 from slim_core.rotation.matrices import Identity, Kronecker
 
 __all__ = ["UNDESCRIBED", "InputRotation", "InputRotations", "install", "read_input_rotations", "rotating"]
@@ -62,19 +63,7 @@ InputRotations = Mapping[str, InputRotation]
 
 def install(root: nn.Module, rotations: InputRotations) -> list[Any]:
     """From now on the inputs of these modules are rotated; handles that put an end to it."""
-    return [
-        root.get_submodule(name).register_forward_pre_hook(_hook(rotation), with_kwargs=True)
-        for name, rotation in rotations.items()
-    ]
-
-
-def _hook(rotation: InputRotation) -> Callable[..., Any]:
-    def rotate(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if args:
-            return (rotation.rotate(args[0]), *args[1:]), kwargs
-        return args, {**kwargs, "input": rotation.rotate(kwargs["input"])}
-
-    return rotate
+    return change_inputs(root, {name: rotation.rotate for name, rotation in rotations.items()})
 
 
 @contextmanager

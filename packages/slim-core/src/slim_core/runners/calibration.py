@@ -21,6 +21,7 @@ from slim_core.model.tower_inputs import TowerInputs
 from slim_core.model.units import Unit
 from slim_core.quantization.attention import QuantizedAttention
 from slim_core.quantization.layers import QuantizedLinear, SimulatedLinear
+from slim_core.runners.spill import Spill
 
 __all__ = ["BlockForwards", "KeptBlock", "hidden_states", "moved", "simulated", "simulating_taps"]
 
@@ -41,8 +42,10 @@ class BlockForwards:
     One that passes a tower by is left out while that is at work.
 
     Args:
-        inputs: keyword arguments of the model for each sample, asked for when it starts.
+        inputs: keyword arguments of the model for each sample, asked for when it starts; its ``close``, if it has one,
+            is called at the end.
         extra: the same of extra samples, which are run apart from the others and are in one stream, the last.
+        spill: keeps on disk what samples hold while they are not at work; None: that stays in memory.
     """
 
     def __init__(
@@ -52,6 +55,7 @@ class BlockForwards:
         device: torch.device,
         streams: int = 1,
         extra: Sequence[Mapping[str, Any]] = (),
+        spill: Spill | None = None,
     ) -> None:
         self._model = model
         self._device = device
@@ -59,7 +63,9 @@ class BlockForwards:
         self._streams = streams
         self.extra = len(extra)
         towers = len(model.towers)
-        self._carried = _Carried(inputs, streams, extra)
+        self._spill = spill
+        self._settled: dict[int, int] = {}  # by sample, the stop at which what it holds was put on disk
+        self._carried = _Carried(inputs, streams, extra, spill)
         self._forward = SuspendedForward(model.module, model.stops, self._carried, towers)
         self._last: list[Any] = []
         self._stop = 0
@@ -80,6 +86,7 @@ class BlockForwards:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._forward.__exit__(kind, error, trace)
+        self._carried.close()
         self._model.unload(self._model.outside)
 
     def reach(self, unit: Unit) -> None:
@@ -88,7 +95,8 @@ class BlockForwards:
         assert unit.stop is not None
         self._stop = unit.stop
         if unit.block == 0:
-            self._forward.start()
+            for index in range(len(self._carried)):
+                self._call(index)
             self._model.unload(self._model.made_while_read(nn.Embedding))
             self._model.source.release(self._model.tensors_of(self._model.outside))
 
@@ -101,7 +109,18 @@ class BlockForwards:
         return [sample for sample in range(self.samples) if self._is_here(sample)]
 
     def _is_here(self, index: int) -> bool:
-        return self._forward.call(index).block == self._stop
+        return self._call(index).block == self._stop
+
+    def _call(self, index: int) -> BlockCall:
+        """The call at which a sample waits; what it holds is on disk if it is to be."""
+        call = self._forward.call(index)
+        if self._spill is not None and self._settled.get(index) != call.block:
+            first = index not in self._settled
+            self._settled[index] = call.block
+            self._spill.hold(_hidden_of(call))
+            # Tables of positions and the like are the same for many samples.
+            self._spill.hold([call.args, call.kwargs], share=first)
+        return call
 
     def compute(self, sample: int, stream: int = -1) -> Any:
         """The output of the current block for a sample, on the device."""
@@ -109,17 +128,26 @@ class BlockForwards:
 
     def _compute(self, index: int) -> Any:
         self.count += 1
-        call = self._forward.call(index)
+        call = self._call(index)
         if self._device.type != "cpu":
-            call = BlockCall(call.sample, call.block, moved(call.args, self._device), moved(call.kwargs, self._device))
-        return self._forward.compute(call)
+            there = BlockCall(call.sample, call.block, moved(call.args, self._device), moved(call.kwargs, self._device))
+            output = self._forward.compute(there)
+        else:
+            output = self._forward.compute(call)
+        if self._spill is not None:
+            self._spill.hold([call.args, call.kwargs])
+        return output
 
     def _index(self, sample: int, stream: int) -> int:
         return sample + self.samples * (stream % self._streams)
 
     def tokens(self) -> int:
         """How many tokens of all samples the current block is given."""
-        return sum(_tokens_of(self._forward.call(sample)) for sample in self.present())
+        return sum(_tokens_of(self._call(sample)) for sample in self.present())
+
+    def attended(self) -> int:
+        """At most how many tokens of all samples an attention of the current block sees."""
+        return sum(_tokens_at_hand(self._call(sample)) for sample in self.present())
 
     def run(self, *, hand_on: bool, stream: int = -1, keep: bool = False) -> list[Any]:
         """Run the current block for every sample of a stream, and hand its outputs on to the next block if asked.
@@ -132,6 +160,8 @@ class BlockForwards:
             output = self._on_host(self._index(sample, stream))
             if keep:
                 kept.append(output)
+                if self._spill is not None:
+                    self._spill.hold(output)
             if hand_on:
                 self._resume(self._index(sample, stream), output)
             if self._stop < len(self._model.towers):  # what images pass through is larger than what is left of them
@@ -165,7 +195,8 @@ class BlockForwards:
         """At the last block outputs are dropped: nothing after the blocks is ever calibrated."""
         if self._is_here(index) and self._stop < len(self._model.stops) - 1:
             self._forward.resume(index, output)
-            if self._stop < len(self._model.towers) <= self._forward.call(index).block:
+            self._call(index)
+            if self._stop < len(self._model.towers) <= self._call(index).block:
                 self._carried.let_go(index)
 
     def run_to_end(self) -> None:
@@ -183,8 +214,14 @@ class BlockForwards:
 class _Carried(Sequence[Mapping[str, Any]]):
     """The inputs of all streams, and then of the extra samples; each is taken from where it comes when it is needed."""
 
-    def __init__(self, inputs: Sequence[Mapping[str, Any]], streams: int, extra: Sequence[Mapping[str, Any]]) -> None:
-        self._inputs, self._streams, self._extra = inputs, streams, extra
+    def __init__(
+        self,
+        inputs: Sequence[Mapping[str, Any]],
+        streams: int,
+        extra: Sequence[Mapping[str, Any]],
+        spill: Spill | None = None,
+    ) -> None:
+        self._inputs, self._streams, self._extra, self._spill = inputs, streams, extra, spill
         self.given = self.given_extra = 0
         self._for_towers: dict[int, TowerInputs] = {}
 
@@ -194,6 +231,8 @@ class _Carried(Sequence[Mapping[str, Any]]):
     def __getitem__(self, index: Any) -> Any:
         at, own = int(index), len(self._inputs) * self._streams
         batch = self._extra[at - own] if at >= own else self._inputs[at % len(self._inputs)]
+        if self._spill is not None:
+            self._spill.hold(batch)
         if isinstance(batch, TowerInputs):
             self._for_towers[at] = batch
         if at >= own:
@@ -201,6 +240,12 @@ class _Carried(Sequence[Mapping[str, Any]]):
         elif at < len(self._inputs):
             self.given += _samples(batch)
         return batch
+
+    def close(self) -> None:
+        """Whoever makes inputs ahead need not go on."""
+        for inputs in (self._inputs, self._extra):
+            if (close := getattr(inputs, "close", None)) is not None:
+                close()
 
     def let_go(self, index: int) -> None:
         """The towers have run for this one."""
@@ -236,10 +281,22 @@ class KeptBlock:
         return _what_counts(self._targets[sample]).to(self._device)
 
 
+def _hidden_of(call: BlockCall) -> Any:
+    """The hidden states, which are the first thing that a block is given."""
+    return call.args[0] if call.args else call.kwargs.get("hidden_states")
+
+
 def _tokens_of(call: BlockCall) -> int:
-    """All but the last dimension of the hidden states, which are the first thing that a block is given."""
-    hidden = call.args[0] if call.args else call.kwargs.get("hidden_states")
+    """All but the last dimension of the hidden states."""
+    hidden = _hidden_of(call)
     return hidden.shape[:-1].numel() if isinstance(hidden, Tensor) else 0
+
+
+def _tokens_at_hand(call: BlockCall) -> int:
+    """Those of the hidden states, and of what a block is given besides: e.g. those of a text that it joins them to."""
+    given = [*call.args, *call.kwargs.values()]
+    sequences = [x for x in given if isinstance(x, Tensor) and x.is_floating_point() and x.dim() == 3]
+    return max(_tokens_of(call), sum(x.shape[:-1].numel() for x in sequences))
 
 
 def hidden_states(output: Any) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -10,6 +10,7 @@ from slim_core.budget import UNLIMITED, MemoryBudget
 from slim_core.devices import Devices
 from slim_core.errors import SlimError, UnsupportedError
 from slim_core.model.experts import ExpertLayer
+from slim_core.model.inputs import MUL_SCALE
 from slim_core.model.streamed import StreamedModel
 from slim_core.model.structure import discover
 from slim_core.processors.base import (
@@ -25,7 +26,7 @@ from slim_core.quantization.statistics import Need
 from slim_core.recipe import SpecV1
 from slim_core.recipe.schema import DatasetConfig
 from slim_core.runners.choice import RunnerChoice, choose_runner, owned_bytes
-from slim_core.runners.plan_attention import PlannedAttention, assign_attentions, planned_attentions
+from slim_core.runners.plan_attention import PlannedAttention, assign_attentions, idle_rotations, planned_attentions
 from slim_core.runners.plan_experts import ExtraSamples, PlannedExperts, plan_experts
 from slim_core.runners.plan_forwards import (
     fresh_requests,
@@ -46,7 +47,7 @@ from slim_core.runners.plan_memory import PlannedMemory, explores_by_expert, pla
 from slim_core.runners.prediction import Calibration, Share, TowerLoad, memory_shares
 from slim_core.runners.prior import PlannedStage, plan_stages
 from slim_core.savers.base import Output, Saver, create_saver
-from slim_core.savers.loaders import unloadable_attentions
+from slim_core.savers.loaders import reads_floats, unloadable_attentions
 
 __all__ = ["Plan", "PlannedUnit", "make_plan"]
 
@@ -83,6 +84,8 @@ class Plan:
         attentions: the attentions that will be quantized, by module name.
         experts: where there are experts, and what is done so that enough tokens reach each.
         refusal: why the plan is not carried out; None if it is.
+        part: what the model is called in a folder that holds several; empty for the only one.
+        others: plans for the other models of the folder, which the same run carries out.
     """
 
     model: StreamedModel
@@ -106,6 +109,8 @@ class Plan:
     stages: tuple[PlannedStage, ...] = ()
     experts: PlannedExperts = field(default_factory=lambda: PlannedExperts({}))
     refusal: SlimError | None = None
+    part: str = ""
+    others: list[Plan] = field(default_factory=list["Plan"])
 
     @property
     def needs_data(self) -> bool:
@@ -153,6 +158,8 @@ def make_plan(
     example: Example | None = None,
     force: bool = False,
     budget: MemoryBudget = UNLIMITED,
+    waiting_bytes: Callable[[], int] = lambda: 0,
+    spills: bool = False,
 ) -> Plan:
     """Work out the plan of a run.
 
@@ -167,6 +174,8 @@ def make_plan(
         extra_samples: says how many samples there are for experts below the quota; asked only if they are needed.
         example: gives keyword arguments of the model for one short sample; asked only if the structure is needed.
         budget: what the run may take; beyond it, experts are in memory one at a time, or else the plan is refused.
+        waiting_bytes: gives what the largest of its forwards keeps while it is at work, before and after a block.
+        spills: whether samples that are not at work wait on disk in any case.
         force: only warn of what no engine can load; else the plan is one that is refused.
 
     Raises:
@@ -175,27 +184,28 @@ def make_plan(
     _refuse_unsupported(spec)
     named = [create_processor(config, f"process[{i}]") for i, config in enumerate(spec.process)]
     processors = [leaf for processor in named for leaf in processor.leaves()]
-    original, model = model, _prepared(model, processors, example, budget)
-    stages = plan_stages(spec, model, processors)
-    saver = create_saver(spec.save[0])
+    original, saver = model, create_saver(spec.save[0])
+    for processor in processors:
+        model = processor.prepare(model, example)
     rules = [rule for processor in processors for rule in processor.rules()]
     linears = [linear for unit in model.units for linear in unit.linears]
     assignments, warnings = assign_linears(linears, rules, training_positions(processors))
+    model = _adopted(model, original, processors, example, budget, assignments, saver)
+    stages = plan_stages(spec, model, processors)
+    linears = [linear for unit in model.units for linear in unit.linears]
     attention_rules = [rule for processor in processors for rule in processor.attention_rules()]
     infos = [info for unit in model.units for info in unit.attentions]
     attentions, about_attentions = assign_attentions(infos, attention_rules)
     warnings += about_attentions
-    if attentions and not saver.holds_attentions:
-        raise UnsupportedError(
-            f"{spec.save[0].type} has no place for quantized attentions", where="spec.save", remedy="use ascendv1_saver"
-        )
+    _check_places(saver, spec.save[0].type, attentions, processors, model)
     for processor in processors:
         processor.check(linears, assignments)
     warnings += [note for processor in processors for note in processor.notes()]
-    warnings += engine_warnings(model, assignments, saver.labels)
+    warnings += engine_warnings(model, assignments, saver, processors)
+    warnings += idle_rotations(infos, attentions)
     quantized = {info: attentions[info.name].form for info in infos if info.name in attentions}
-    warnings += unloadable_attentions(quantized)
-    refusal = engine_refusal(model, assignments, saver.labels, quantized)
+    warnings += unloadable_attentions(quantized, saver.engine) if saver.engine else []
+    refusal = engine_refusal(model, assignments, saver, quantized)
     if refusal is not None and force:
         warnings.insert(0, refusal.what)
         refusal = None
@@ -211,6 +221,7 @@ def make_plan(
     fresh, anew = fresh_requests(processors, requests), fresh_states(processors, attentions)
     streams, forwards = passes(processors, spec, observes, needs_data)
     output = saver.declare(model, assignments, attentions)
+    warnings += saver.notes(output)
     units = [
         replace(unit, attentions=planned_attentions(real.attentions, attentions, attention_rules))
         for unit, real in zip(_units(model, assignments, rules, output), model.units, strict=True)
@@ -228,12 +239,15 @@ def make_plan(
         keeps_layers = spec.propagate == "quantized"
         runs_again = bool(fresh or anew) or kept or keeps_layers
         calibration = Calibration(
-            *(activations, largest_forward(), keeps_layers, kept, runs_again), tower_load(spec.dataset)
+            *(activations, largest_forward(), keeps_layers, kept, runs_again),
+            tower_load(spec.dataset),
+            waiting_bytes(),
         )
     learning = [(stage, Calibration(stage_bytes(stage.dataset), towers=tower_load(stage.dataset))) for stage in stages]
 
-    def shares(by_expert: Mapping[str, Sequence[ExpertLayer]]) -> list[list[Share]]:
-        main = memory_shares(model, runner, processors, assignments, requests, calibration, by_expert)
+    def shares(by_expert: Mapping[str, Sequence[ExpertLayer]], on_disk: bool) -> list[list[Share]]:
+        given = (model, runner, processors, assignments, requests, calibration, by_expert)
+        main = memory_shares(*given, spills=on_disk)
         ahead = [
             [
                 *memory_shares(model, runner, (), {}, {}, passing, by_expert),
@@ -243,7 +257,14 @@ def make_plan(
         ]
         return [main, *ahead]
 
-    memory = plan_memory(budget, devices, shares, experts.layers, _why_whole(runner, processors, needs_data))
+    memory = plan_memory(
+        budget,
+        devices,
+        shares,
+        experts.layers,
+        _why_whole(runner, processors, needs_data),
+        on_disk=((True,) if spills else (False, True)) if needs_data else (False,),
+    )
     return Plan(
         model=model,
         runner=runner,
@@ -269,6 +290,42 @@ def make_plan(
     )
 
 
+def _check_places(
+    saver: Saver,
+    name: str,
+    attentions: Mapping[str, AttentionAssignment],
+    processors: Sequence[Processor],
+    model: StreamedModel,
+) -> None:
+    """Refuse what the format has no place for."""
+    if attentions and not saver.holds_attentions:
+        raise UnsupportedError(
+            f"{name} has no place for quantized attentions", where="spec.save", remedy="use ascendv1_saver"
+        )
+    beside = next((processor for processor in processors if processor.leaves_extras), None)
+    if beside is not None and not saver.holds_extras:
+        raise UnsupportedError(
+            f"{name} has no place for what {beside.config.type} leaves beside the weights",
+            where=f"spec.{beside.position}",
+            remedy="use ascendv1_saver",
+        )
+    rotated = [info.name for unit in model.units for info in unit.attentions if info.rotated]
+    if rotated and not saver.holds_query_rotations:
+        raise UnsupportedError(
+            f"{name} has no place for rotations of query and key, e.g. those of {rotated[0]}",
+            where="spec.save",
+            remedy="use mindie_format_saver, or leave online_quarot out",
+        )
+    scaled = [name for unit in model.units for name in unit.added if name.endswith(MUL_SCALE)]
+    if scaled and not saver.holds_input_scales:
+        raise UnsupportedError(
+            f"{name} has no place for the scales of {len(scaled)} linears whose input must be smoothed while the model "
+            f"runs, because there is nothing to fold them into, e.g. {scaled[0].removesuffix(MUL_SCALE)}",
+            where="spec.save",
+            remedy="use mindie_format_saver, or exclude these linears from the smoothing",
+        )
+
+
 def _why_whole(runner: RunnerChoice, processors: Sequence[Processor], needs_data: bool) -> str:
     """Why whole blocks must be in memory, or never are; empty if one expert at a time would do."""
     if not needs_data:
@@ -279,13 +336,21 @@ def _why_whole(runner: RunnerChoice, processors: Sequence[Processor], needs_data
     return f"{trains.config.type} learns all weights of a block together" if trains is not None else ""
 
 
-def _prepared(
-    model: StreamedModel, processors: list[Processor], example: Example | None, budget: MemoryBudget
+def _adopted(
+    model: StreamedModel,
+    original: StreamedModel,
+    processors: Sequence[Processor],
+    example: Example | None,
+    budget: MemoryBudget,
+    quantized: Collection[str],
+    saver: Saver,
 ) -> StreamedModel:
-    """The model that the processors will work on, once those that ask for it know its structure."""
-    original = model
-    for processor in processors:
-        model = processor.prepare(model, example)
+    """The model that the processors will work on, once those that ask for it know its structure.
+
+    Args:
+        model, original: as processors prepared it, and as it was.
+        quantized: the linears that will be quantized.
+    """
     curious = [processor for processor in processors if processor.uses_structure]
     if not curious:
         return model
@@ -297,8 +362,9 @@ def _prepared(
         )
     query_keys = any(processor.uses_query_keys for processor in curious)
     by_expert = explores_by_expert(budget, model)
-    found = discover(model, example(), query_keys=query_keys, outside=original, by_expert=by_expert)
-    structure = found.smoothable(model)
+    found = discover(model, example(), query_keys=query_keys, inputs=True, outside=original, by_expert=by_expert)
+    folds = saver.engine is None or reads_floats(saver.engine)
+    structure = found.smoothable(model).settled(quantized, reads_floats=folds)
     for processor in curious:
         processor.adopt(structure, model)
     return model.with_additions(addition for processor in curious for addition in processor.additions())

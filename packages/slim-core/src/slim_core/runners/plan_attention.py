@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from slim_core.errors import UnsupportedError
@@ -11,7 +11,7 @@ from slim_core.processors.base import AttentionAssignment, AttentionRule
 from slim_core.quantization.attention import check_attention
 from slim_core.runners.plan_rules import first_to_name, spellings, why_float
 
-__all__ = ["FLOAT", "PlannedAttention", "assign_attentions", "planned_attentions"]
+__all__ = ["FLOAT", "PlannedAttention", "assign_attentions", "idle_rotations", "planned_attentions"]
 
 FLOAT = "FLOAT"
 
@@ -56,6 +56,17 @@ def assign_attentions(
         if not any(assignment.position == rule.position for assignment in assignments.values()):
             warnings.append(f"spec.{rule.position} quantizes no attention")
     return assignments, warnings
+
+
+def idle_rotations(attentions: Sequence[AttentionInfo], assignments: Collection[str]) -> list[str]:
+    """A warning for rotations of query and key that nothing is done with."""
+    idle = [info.name for info in attentions if info.rotated and info.name not in assignments]
+    if not idle:
+        return []
+    return [
+        f"query and key of {len(idle)} attentions are rotated but not quantized, e.g. {idle[0]}: engines do not read "
+        "such rotations"
+    ]
 
 
 def planned_attentions(

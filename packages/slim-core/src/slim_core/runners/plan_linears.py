@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from slim_core.errors import UnsupportedError
 from slim_core.model.attention import AttentionInfo
 from slim_core.model.streamed import StreamedModel
 from slim_core.model.units import LinearInfo, Unit
-from slim_core.processors.base import Assignment, LinearRule
+from slim_core.processors.base import Assignment, LinearRule, Processor
 from slim_core.quantization.attention import AttentionForm
 from slim_core.quantization.kinds import LayerForm, LayerKind
 from slim_core.quantization.statistics import Need
 from slim_core.runners.plan_rules import first_to_name, spellings, weight_rule, why_float
-from slim_core.savers.loaders import MAIN_ENGINE, lost_biases, mixed_fusions, no_engine, unloadable
+from slim_core.savers.base import Saver
+from slim_core.savers.loaders import (
+    engine_format,
+    fuses,
+    lost_biases,
+    mixed_fusions,
+    no_engine,
+    reads_floats,
+    unloadable,
+)
 
 __all__ = ["PlannedLinear", "assign_linears", "engine_refusal", "engine_warnings", "planned_linears"]
 
@@ -74,25 +83,36 @@ def assign_linears(
 
 
 def engine_warnings(
-    model: StreamedModel, assignments: Mapping[str, Assignment], labels: Mapping[str, str]
+    model: StreamedModel, assignments: Mapping[str, Assignment], saver: Saver, processors: Sequence[Processor] = ()
 ) -> list[str]:
-    """What keeps the main engine from loading what becomes of the linears, or makes it compute something else.
-
-    Args:
-        labels: what kinds are called in the description, where that is not their own name.
+    """What keeps the main engine of a format from loading what becomes of the linears, or makes it compute something
+    else.
     """
-    forms, widths = _become(model, assignments), _widths(model)
-    return mixed_fusions(forms) + unloadable(forms, widths, labels) + _lost_shifts(model, assignments)
+    if (engine := saver.engine) is None:
+        return []
+    forms, widths, bare = _become(model, assignments), _widths(model), _without_bias(model)
+    return [
+        *(mixed_fusions(forms) if fuses(engine) else []),
+        *unloadable(forms, widths, saver.labels, engine=engine, without_bias=bare),
+        *_lost_shifts(model, assignments, engine),
+        *_lost_floats(processors, engine),
+    ]
 
 
 def engine_refusal(
     model: StreamedModel,
     assignments: Mapping[str, Assignment],
-    labels: Mapping[str, str],
+    saver: Saver,
     attentions: Mapping[AttentionInfo, AttentionForm],
 ) -> UnsupportedError | None:
     """The error where there is no engine that could load the output; as :func:`engine_warnings`."""
-    text = no_engine(_become(model, assignments), _widths(model), labels, attentions)
+    if saver.engine is None:
+        return None
+    text = no_engine(
+        *(_become(model, assignments), _widths(model), saver.labels, attentions),
+        format=engine_format(saver.engine),
+        without_bias=_without_bias(model),
+    )
     if text is None:
         return None
     return UnsupportedError(
@@ -111,8 +131,30 @@ def _widths(model: StreamedModel) -> dict[str, int]:
     return {info.name: info.in_features for unit in model.units for info in unit.linears}
 
 
-def _lost_shifts(model: StreamedModel, assignments: Mapping[str, Assignment]) -> list[str]:
-    """A warning for linears behind a shifted norm from which the main engine takes the bias away again."""
+def _without_bias(model: StreamedModel) -> set[str]:
+    """The linears that have none; one that a shift has given is no bias of the engine's model."""
+    return {
+        info.name
+        for unit in model.units
+        for info in unit.linears
+        if not info.has_bias or f"{info.name}.bias" in unit.added
+    }
+
+
+def _lost_floats(processors: Sequence[Processor], engine: str) -> list[str]:
+    """A warning where the engine takes what stays in floating point from the original, but a processor changes it."""
+    if reads_floats(engine):
+        return []
+    return [
+        f"{processor.position}: {engine} takes all tensors that are not quantized from the original model, so what "
+        f"{processor.config.type} changes of them (norms, linears that stay FLOAT) is lost, and the results are wrong"
+        for processor in processors
+        if processor.changes_floats
+    ]
+
+
+def _lost_shifts(model: StreamedModel, assignments: Mapping[str, Assignment], engine: str) -> list[str]:
+    """A warning for linears behind a shifted norm from which the engine takes the bias away again."""
     given = {
         info.name: assignments[info.name].kind if info.name in assignments else LayerKind.FLOAT
         for unit in model.units
@@ -121,7 +163,7 @@ def _lost_shifts(model: StreamedModel, assignments: Mapping[str, Assignment]) ->
     }
     return [
         f"the shift (symmetric: false) gives a bias to {len(names)} {kind} linears whose class has none, e.g. "
-        f"{names[0]}; {MAIN_ENGINE} drops it, and the results are wrong. Quantize them to static W8A8, exclude the "
+        f"{names[0]}; {engine} drops it, and the results are wrong. Quantize them to static W8A8, exclude the "
         "norm in front of them from the smoothing, or set symmetric: true"
         for kind, names in lost_biases(given).items()
     ]

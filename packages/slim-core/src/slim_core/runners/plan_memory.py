@@ -28,12 +28,14 @@ class PlannedMemory:
         shares: what that is made of when it is most.
         budget: what it may take.
         by_expert: whether, to stay within it, routed experts are in memory one at a time.
+        spills: whether activations of samples that are not at work wait on disk, because they are large.
         refusal: why it cannot stay within it.
     """
 
     shares: tuple[Share, ...]
     budget: MemoryBudget
     by_expert: bool = False
+    spills: bool = False
     refusal: UnsupportedError | None = None
 
     @property
@@ -48,34 +50,44 @@ class PlannedMemory:
             text += f"; the budget is {' and '.join(limits)}"
         if self.by_expert:
             text += "; so experts are in memory one at a time, read when they are called and given back afterwards"
+        if self.spills:
+            text += "; activations of samples that are not at work wait on the disk of the output"
         return text
 
 
 def plan_memory(
     budget: MemoryBudget,
     devices: Devices,
-    shares: Callable[[Layers], list[list[Share]]],
+    shares: Callable[[Layers, bool], list[list[Share]]],
     experts: Layers,
     why_whole: str,
+    *,
+    on_disk: Sequence[bool] = (False, True),
 ) -> PlannedMemory:
-    """See whether a run stays within its budget, with whole blocks in memory or else with one expert at a time.
+    """See whether a run stays within its budget: as it is, with one expert in memory at a time, with activations on
+    disk, or with both.
 
     Args:
-        shares: what each stage of the run takes, given the experts that are in memory one at a time.
+        shares: what each stage of the run takes, given the experts that are in memory one at a time, and whether
+            activations wait on disk.
         experts: by unit, those that can be.
         why_whole: why that would be no help; empty if nothing speaks against it.
+        on_disk: whether activations may wait in memory (False) and on disk (True), in the order of preference.
     """
-    whole = shares({})
-    worst = max(whole, key=lambda stage: sum(share.nbytes for share in stage))
-    if not _beyond(whole, budget, devices):
-        return PlannedMemory(tuple(worst), budget)
     if not experts:
         why_whole = why_whole or "the model has no routed experts that could be in memory one at a time"
-    tried = whole if why_whole else shares(experts)
-    chosen = tuple(max(tried, key=lambda stage: sum(share.nbytes for share in stage)))
-    beyond = _beyond(tried, budget, devices)
-    refusal = _refusal(beyond, budget, why_whole) if beyond else None
-    return PlannedMemory(chosen, budget, by_expert=not why_whole, refusal=refusal)
+    ways = [(spills, by_expert) for spills in on_disk for by_expert in ((False,) if why_whole else (False, True))]
+    for spills, by_expert in ways:
+        stages = shares(experts if by_expert else {}, spills)
+        beyond = _beyond(stages, budget, devices)
+        if not beyond:
+            return PlannedMemory(_largest(stages), budget, by_expert, spills)
+    refusal = _refusal(beyond, budget, why_whole, spills)
+    return PlannedMemory(_largest(stages), budget, by_expert, spills, refusal)
+
+
+def _largest(stages: list[list[Share]]) -> tuple[Share, ...]:
+    return tuple(max(stages, key=lambda stage: sum(share.nbytes for share in stage)))
 
 
 def explores_by_expert(budget: MemoryBudget, model: StreamedModel) -> bool:
@@ -102,7 +114,9 @@ def _beyond(stages: list[list[Share]], budget: MemoryBudget, devices: Devices) -
     return beyond
 
 
-def _refusal(beyond: dict[str, list[Share]], budget: MemoryBudget, why_whole: str) -> UnsupportedError:
+def _refusal(
+    beyond: dict[str, list[Share]], budget: MemoryBudget, why_whole: str, spills: bool
+) -> UnsupportedError:
     texts: list[str] = []
     enough: list[str] = []
     for place, shares in beyond.items():
@@ -112,6 +126,7 @@ def _refusal(beyond: dict[str, list[Share]], budget: MemoryBudget, why_whole: st
         texts.append(f"about {human_size(needed)} of {place} memory, not {_limits(budget)[place]}: {listed}")
         enough.append(f"{place}={-(-needed // _MIB)}MiB")
     why = f" ({why_whole})" if why_whole else ", even with one expert at a time in memory"
+    why += ", though all samples but one wait on disk" if spills else ""
     return UnsupportedError(
         f"the run would take {'; and '.join(texts)}{why}",
         where="--max_memory",

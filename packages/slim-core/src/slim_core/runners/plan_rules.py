@@ -47,7 +47,7 @@ def first_to_name(
 
 def spellings(info: LinearInfo | AttentionInfo) -> tuple[str, ...]:
     """The names that patterns are held against."""
-    return (info.name,) if info.name == info.prefix else (info.name, info.prefix)
+    return tuple(dict.fromkeys((info.name, info.prefix, *info.also_called)))
 
 
 def why_float(info: LinearInfo | AttentionInfo, rules: Sequence[LinearRule] | Sequence[AttentionRule]) -> str:

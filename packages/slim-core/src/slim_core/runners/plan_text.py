@@ -32,7 +32,7 @@ def render_summary(plan: Plan) -> str:
         ("output", _output(plan)),
         ("memory", plan.memory.summary()),
     ]
-    lines = ["Plan", *(f"  {name:<10} {value}" for name, value in rows)]
+    lines = [f"Plan of {plan.part}" if plan.part else "Plan", *(f"  {name:<10} {value}" for name, value in rows)]
     if plan.warnings:
         lines += [f"  {'warnings':<10} {len(plan.warnings)}", *(f"    - {warning}" for warning in plan.warnings)]
     return "\n".join(lines)

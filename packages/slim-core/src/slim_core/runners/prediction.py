@@ -31,10 +31,10 @@ __all__ = ["Calibration", "Share", "TowerLoad", "memory_shares"]
 _LIBRARIES = 48 << 20
 # Without a forward: the blocks of rows at work, and the pages of the file that they come from.
 _ROW_BLOCKS = 16 << 20
-# Kernels that the library compiles for half-precision products on the CPU and keeps, if every expert is given another
-# number of tokens, and what of the heap lies between them: so much for samples of 256 tokens and more. Measured with
-# two shapes of linears; they take most of it in the first block.
-_EXPERT_KERNELS, _EXPERT_TOKENS = 128 << 20, 256
+# Kernels that the library compiles for half-precision products on the CPU and keeps (limits in slim_core.memory), if
+# every expert is given another number of tokens, and what of the heap lies between them: so much for samples of 256
+# tokens and more. The kernels alone took 36 MiB with experts of 768 x 384, 35 with 1024 x 512.
+_EXPERT_KERNELS, _EXPERT_TOKENS = 64 << 20, 256
 # Tensors as wide as the widest linear that a block has in memory at once.
 _WIDE_TENSORS = 4
 # Of the sample at work, of those that wait for it, and what making another takes besides.
@@ -66,6 +66,7 @@ class Calibration:
         trains: whether gradients flow through the block.
         runs_again: whether the block is run once more after processors have reshaped it.
         towers: what runs through the model's towers.
+        waiting_bytes: what the sample at work keeps, which is all that is in memory if the others wait on disk.
     """
 
     hidden_bytes: int
@@ -74,6 +75,7 @@ class Calibration:
     trains: bool = False
     runs_again: bool = True
     towers: TowerLoad = TowerLoad()
+    waiting_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -100,12 +102,15 @@ def memory_shares(
     requests: Mapping[str, frozenset[Need]],
     calibration: Calibration | None,
     experts: Mapping[str, Sequence[ExpertLayer]] = MappingProxyType({}),
+    *,
+    spills: bool = False,
 ) -> list[Share]:
     """What the predicted memory beyond what the process takes when the run begins is made of.
 
     Args:
         calibration: None if no sample is run.
         experts: by unit, the experts that are in memory one at a time; none where whole blocks are.
+        spills: whether samples that are not at work wait on disk.
     """
     sizes = [info.in_features * info.out_features for unit in model.units for info in unit.linears]
     codes = [
@@ -158,7 +163,9 @@ def memory_shares(
         Share(what, resident, device=True),
         *max(phases, key=_total),
         waiting,
-        Share("activations of all samples between two blocks", calibration.hidden_bytes),
+        Share("activations of the sample at work, before and after a block", calibration.waiting_bytes)
+        if spills
+        else Share("activations of all samples between two blocks", calibration.hidden_bytes),
         Share("kernels, and what the heap keeps", _LIBRARIES),
         Share("kernels for the tokens that experts are given", _kernels(model, blocks, calibration), host=False),
     ]

@@ -26,6 +26,7 @@ from slim_core.runners.expert_tokens import starved_warning
 from slim_core.runners.plan import Plan
 from slim_core.runners.prior import LEARNED_FILE, StageInputs, keep_learned, learned_before, run_stages
 from slim_core.runners.records import RunResult, UnitRecord
+from slim_core.runners.spill import Spill
 from slim_core.runners.unit_run import Bench, UnitRun
 from slim_core.savers.base import Output, PlannedTensor
 
@@ -92,7 +93,8 @@ def run_plan(
                 inputs = calibration()
                 quota = plan.experts.quota
                 extra = extra_calibration() if quota is not None and quota.extra.count else ()
-                forwards = BlockForwards(model, inputs, plan.devices.first, plan.streams, extra)
+                spill = Spill(staging.folder) if plan.memory.spills else None
+                forwards = BlockForwards(model, inputs, plan.devices.first, plan.streams, extra, spill)
                 bench.forwards = stack.enter_context(forwards)
             with torch.no_grad():
                 _work_through(bench, progress)

@@ -14,12 +14,13 @@ from slim_core.checkpoint.writer import ShardedWriter
 from slim_core.memory import give_back_freed_memory
 from slim_core.model.expert_weights import ExpertsOnCall, ReadInTurn
 from slim_core.model.experts import ExpertLayer
+from slim_core.model.inputs import drop_input_scales, mul_scale_of
 from slim_core.model.streamed import StreamedModel
 from slim_core.model.units import Unit
 from slim_core.model.weights import UnitWeights
 from slim_core.processors.base import AttentionState, AttentionWork, LinearWork, UnitWork
 from slim_core.quantization.attention import QuantizedAttention
-from slim_core.quantization.layers import QuantizedLinear
+from slim_core.quantization.layers import QuantizedLinear, ScaledInput
 from slim_core.quantization.statistics import Hessian, InputObserver, InputStatistics, Need, TokenSample
 from slim_core.quantization.statistics.attention import AttentionStatistics
 from slim_core.runners.attention_run import attention_record, attention_work, ranges_for, statistics_for, taps_of
@@ -148,6 +149,7 @@ class UnitRun:
             forwards.drop_extra()
         if bench.propagate_quantized:
             on_call.leave()
+            drop_input_scales(bench.model.module, unit.added)  # the quantized layers have them
             taps = simulating_taps(self._attentions, device)
             with simulated(bench.model.module, self._layers, device), bench.model.tapped(taps):
                 forwards.run(hand_on=True)
@@ -205,7 +207,7 @@ class UnitRun:
         for info in self._unit.linears:
             if needs := watched.requests.get(info.name):
                 observer.watch(info.name, model.module.get_submodule(info.name), needs)
-        tokens = forwards.tokens() if self._unit.attentions else 0
+        tokens = forwards.attended() if self._unit.attentions else 0
         seen = statistics_for(self._unit, plan.attentions, tokens, watched.attention)
         ranges = ranges_for(self._unit, watched.states)
         experts = self._watch_experts(forwards) if watched.experts else None
@@ -236,8 +238,8 @@ class UnitRun:
             if info.name in plan.assignments
         }
         # Nothing that the work holds may hold the work, or statistics would outlive the unit.
-        finish = partial(self._finish, observed.inputs)
-        work = UnitWork(unit.name, linears, observed.inputs, bench.model.dtype, device, finish)
+        finish = partial(self._finish, observed.inputs, weights)
+        work = UnitWork(unit.name, linears, observed.inputs, bench.plan.saver.engine_dtype(bench.model), device, finish)
         work.attentions = attention_work(unit, plan.attentions, observed.states)
         work.states = observed.ranges
         work.finish_attention = self._finish_attention
@@ -268,11 +270,14 @@ class UnitRun:
     def _finish(
         self,
         statistics: Mapping[str, InputStatistics],
+        weights: UnitWeights,
         linear: LinearWork,
         layer: QuantizedLinear,
         sqnr_db: float,
     ) -> None:
         bench, name = self._bench, linear.info.name
+        if (factor := mul_scale_of(name)) in weights:
+            layer = ScaledInput(layer, weights[factor].stored_form())
         seen = statistics.get(name)
         self._worked_on += 4 * linear.info.in_features * linear.info.out_features
         limit = _TRIMMED_SOON if bench.plan.memory.by_expert else _TRIMMED_AFTER

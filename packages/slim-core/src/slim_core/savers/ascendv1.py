@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
@@ -11,35 +12,26 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from slim_core.checkpoint.source import TensorMeta
 from slim_core.checkpoint.writer import lay_out
-from slim_core.errors import InvalidModelError, UnsupportedError
+from slim_core.errors import UnsupportedError
 from slim_core.model.attention import AttentionInfo
 from slim_core.model.streamed import StreamedModel
-from slim_core.model.units import LinearInfo, Unit
+from slim_core.model.units import LinearInfo
 from slim_core.processors.base import Assignment, AttentionAssignment, Extras
-from slim_core.quantization.affine import by_groups
-from slim_core.quantization.attention import AttentionForm, QuantizedAttention
+from slim_core.quantization.attention import QuantizedAttention
 from slim_core.quantization.kinds import LayerForm, LayerKind
-from slim_core.quantization.layers import (
-    DynamicInt,
-    Fp8Dynamic,
-    MixedInt8,
-    MxDynamic,
-    QuantizedLinear,
-    SparseFloat,
-    StaticInt8,
-    WeightOnlyInt,
-)
+from slim_core.quantization.layers import QuantizedLinear
 from slim_core.recipe import SaverConfig
 from slim_core.rotation.inputs import UNDESCRIBED
-from slim_core.savers.ascendv1_attention import attention_keys, attention_layout, attention_parts
-from slim_core.savers.ascendv1_layout import BLOCK, FLOAT_BIAS, layout, row_parallel
-from slim_core.savers.base import Output, PlannedTensor, Saver
-from slim_core.savers.packing import pack_columns, pack_rows
+from slim_core.savers.ascendv1_attention import attention_keys, attention_parts
+from slim_core.savers.ascendv1_layout import BLOCK, check_layout, layout
+from slim_core.savers.base import Output, Saver
+from slim_core.savers.layer_parts import layer_parts
+from slim_core.savers.loaders import ASCENDV1, MAIN_ENGINES
+from slim_core.savers.planned import Labelled, linear_tensors, plan_tensors, quantized_attentions, weight_index
 from slim_core.savers.side_files import copy_side_files, merge_keys, write_json, write_tensors
 
-__all__ = ["DESCRIPTION_FILE", "INDEX_FILE", "STEM", "AscendV1Saver", "AscendV1SaverConfig", "encode_deq_scale"]
+__all__ = ["DESCRIPTION_FILE", "INDEX_FILE", "STEM", "AscendV1Saver", "AscendV1SaverConfig"]
 
 DESCRIPTION_FILE = "quant_model_description.json"
 STEM = "quant_model_weights"
@@ -71,17 +63,14 @@ def deq_scale_dtype(model_dtype: torch.dtype | None) -> torch.dtype:
     return torch.float32 if model_dtype == torch.bfloat16 else torch.int64
 
 
-def encode_deq_scale(scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """``deq_scale`` as stored: float32, or its bits widened to int64."""
-    return scale if dtype == torch.float32 else scale.contiguous().view(torch.int32).to(torch.int64)
-
-
 class AscendV1Saver(Saver):
     """Lays out, writes and describes an ascendv1 folder."""
 
     Config = AscendV1SaverConfig
+    engine = MAIN_ENGINES[ASCENDV1]
     holds_attentions = True
     config: AscendV1SaverConfig
+    _deq_dtype = torch.int64  # until the model is known
 
     @property
     def labels(self) -> Mapping[str, str]:
@@ -93,112 +82,43 @@ class AscendV1Saver(Saver):
         assignments: Mapping[str, Assignment],
         attentions: Mapping[str, AttentionAssignment] = MappingProxyType({}),
     ) -> Output:
+        """As in the base class.
+
+        Raises:
+            UnsupportedError: a linear has odd sizes, or an attention becomes something that the format has no name for.
+        """
         self._deq_dtype = deq_scale_dtype(model.dtype)
-        tensors: list[PlannedTensor] = []
-        forms: dict[AttentionInfo, AttentionForm] = {}
-        for unit in model.units:
-            tensors += self._unit(model, unit, assignments)
-            for info in unit.attentions:
-                if (assigned := attentions.get(info.name)) is not None:
-                    forms[info] = assigned.form
-                    tensors += _attention(info, assigned.form, unit.name)
-        names: set[str] = set()
-        for tensor in tensors:
-            if tensor.meta.name in names:
-                raise InvalidModelError(
-                    f"the checkpoint holds {tensor.meta.name!r}, a name that a quantized layer needs",
-                    where=str(model.folder),
-                    remedy="exclude that layer, or start from a checkpoint that is not quantized",
+        quantized = quantized_attentions(model, attentions)
+        for info, form in quantized.items():
+            if any(state.dtype == "mxfp8" for _, state in form.states()):
+                raise UnsupportedError(
+                    "the ascendv1 format has no name for attention in mxfp8",
+                    where=info.name,
+                    remedy="use mxfp4 per_block or fp8_e4m3 per_token",
                 )
-            names.add(tensor.meta.name)
+        tensors = plan_tensors(model, assignments, attentions, self._linear)
         shards = lay_out([tensor.meta for tensor in tensors], STEM, self.config.part_file_size * _GIB)
         group_size = _group_size(assignment.form for assignment in assignments.values())
-        return Output(tuple(tensors), tuple(shards), group_size, attention_keys(forms))
+        keys = attention_keys(quantized)
+        return Output(tuple(tensors), tuple(shards), group_size, keys)
 
-    def _unit(self, model: StreamedModel, unit: Unit, assignments: Mapping[str, Assignment]) -> list[PlannedTensor]:
-        quantized = {info.prefix: info for info in unit.linears if info.name in assignments}
-        replaced = {f"{prefix}.{part}" for prefix in quantized for part in ("weight", "bias")}
-        planned: list[PlannedTensor] = []
-        for name, origin in unit.tensors.items():
-            prefix, _, part = name.rpartition(".")
-            if name in replaced:
-                if part == "weight":
-                    info = quantized[prefix]
-                    planned += self._linear(model, info, assignments[info.name].form, unit.name)
-                continue
-            meta = model.source.meta(origin)
-            planned.append(
-                PlannedTensor(TensorMeta(name, meta.dtype, meta.shape), LayerKind.FLOAT, unit.name, origin=origin)
-            )
-        planned += [
-            PlannedTensor(meta, LayerKind.FLOAT, unit.name, added=parameter)
-            for parameter, meta in unit.added.items()
-            if meta.name not in replaced
-        ]
-        return planned
-
-    def _linear(self, model: StreamedModel, info: LinearInfo, form: LayerForm, unit: str) -> list[PlannedTensor]:
+    def _linear(self, info: LinearInfo, form: LayerForm, stored: torch.dtype) -> Iterable[Labelled]:
         check_layout(form, info)
-        stored = model.source.meta(f"{info.prefix}.weight").dtype
-        label = self.labels.get(form.kind, str(form.kind))
-        planned: list[PlannedTensor] = []
-
-        def add(suffix: str, dtype: torch.dtype, shape: tuple[int, ...], label: str) -> None:
-            meta = TensorMeta(f"{info.prefix}.{suffix}", dtype, shape)
-            planned.append(PlannedTensor(meta, label, unit, owner=info.name))
-
-        for suffix, part in layout(form, info.prefix, info.out_features, info.in_features).items():
-            add(suffix, self._deq_dtype if suffix == "deq_scale" else part.dtype or stored, part.shape, label)
-        if info.has_bias:
-            kept = form.kind not in FLOAT_BIAS
-            add("bias", stored if kept else torch.float32, (info.out_features,), label if kept else LayerKind.FLOAT)
-        return planned
+        parts = layout(form, info.prefix, info.out_features, info.in_features)
+        if "deq_scale" in parts:
+            parts["deq_scale"] = replace(parts["deq_scale"], dtype=self._deq_dtype)
+        return linear_tensors(info, form.kind, parts, stored, self.labels.get(form.kind, str(form.kind)))
 
     def parameters(self, info: LinearInfo, layer: QuantizedLinear) -> Mapping[str, Tensor]:
-        parts = self._parts(info, layer)
-        if layer.bias is not None:
-            parts["bias"] = layer.bias.float() if layer.kind in FLOAT_BIAS else layer.bias
+        parts = layer_parts(info.prefix, layer, self._deq_dtype)
         return {f"{info.prefix}.{suffix}": tensor for suffix, tensor in parts.items()}
-
-    def _parts(self, info: LinearInfo, layer: QuantizedLinear) -> dict[str, Tensor]:
-        match layer:
-            case StaticInt8():
-                return {
-                    "weight": layer.weight,
-                    "quant_bias": layer.quant_bias,
-                    "input_scale": layer.input_scale,
-                    "input_offset": layer.input_offset,
-                    "deq_scale": encode_deq_scale(layer.deq_scale, self._deq_dtype),
-                }
-            case MixedInt8():
-                zeros = torch.zeros_like(layer.weight_scale)
-                dynamic = {"weight_scale": layer.weight_scale, "weight_offset": zeros}
-                return self._parts(info, layer.static) | dynamic
-            case DynamicInt() if layer.kind is LayerKind.W4A8_DYNAMIC:
-                return _w4a8_parts(info.prefix, layer)
-            case DynamicInt() | WeightOnlyInt():
-                codes = layer.weight
-                if layer.kind is LayerKind.W4A16:
-                    codes = pack_rows(codes) if layer.weight_scale.shape[1] > 1 else pack_columns(codes)
-                return {"weight": codes, "weight_scale": layer.weight_scale, "weight_offset": layer.weight_offset}
-            case SparseFloat():
-                return {"weight": layer.weight}
-            case Fp8Dynamic():
-                zeros = torch.zeros_like(layer.weight_scale)
-                return {"weight": layer.weight, "weight_scale": layer.weight_scale, "weight_offset": zeros}
-            case MxDynamic():
-                codes = pack_columns(layer.weight) if layer.weight.dtype == torch.uint8 else layer.weight
-                outer = {} if layer.outer is None else {"weight_dual_scale": layer.outer}
-                return {"weight": codes, "weight_scale": layer.exponents} | outer
-            case _:
-                raise TypeError(f"ascendv1 cannot hold {type(layer).__name__}")
 
     def attention_parameters(self, info: AttentionInfo, quantized: QuantizedAttention) -> Mapping[str, Tensor]:
         return attention_parts(info, quantized)
 
     def complete(self, folder: Path, model: StreamedModel, output: Output, extras: Sequence[Extras] = ()) -> None:
         if self.config.part_file_size:
-            write_json(folder / INDEX_FILE, _index(output, extras), indent=2)
+            write_json(folder / INDEX_FILE, weight_index(output, extras), indent=2)
         description = describe(output)
         for extra in extras:
             merge_keys(description, extra.description)
@@ -206,25 +126,6 @@ class AscendV1Saver(Saver):
                 write_tensors(folder / path, tensors)
         write_json(folder / DESCRIPTION_FILE, description, indent=4)
         copy_side_files(model.folder, folder, model.config)
-
-
-def _attention(info: AttentionInfo, form: AttentionForm, unit: str) -> list[PlannedTensor]:
-    return [
-        PlannedTensor(TensorMeta(name, part.dtype or torch.float32, part.shape), str(form.kind), unit, owner=info.name)
-        for name, part in attention_layout(info, form).items()
-    ]
-
-
-def _index(output: Output, extras: Sequence[Extras] = ()) -> dict[str, Any]:
-    """The index of all weight files; further ones lie beside them in the folder, not below it."""
-    files = {meta.name: shard.file_name for shard in output.shards for meta in shard.tensors}
-    beside = {path: tensors for extra in extras for path, tensors in extra.files.items() if "/" not in path}
-    size = sum(tensor.meta.nbytes for tensor in output.tensors)
-    return {
-        "metadata": {"total_size": size + sum(t.nbytes for tensors in beside.values() for t in tensors.values())},
-        "weight_map": {tensor.meta.name: files[tensor.meta.name] for tensor in output.tensors}
-        | {name: path for path, tensors in beside.items() for name in tensors},
-    }
 
 
 def describe(output: Output) -> dict[str, Any]:
@@ -245,47 +146,7 @@ def describe(output: Output) -> dict[str, Any]:
     }
 
 
-def _w4a8_parts(prefix: str, layer: DynamicInt) -> dict[str, Tensor]:
-    """Packed codes, scales of one or two levels, and the correction that the kernel adds.
-
-    The kernel splits an int8 activation into two halves and centres the low one at 8, so ``scale_bias`` is
-    ``8 * sum_i codes * scale``; in sixteen parts where the engine cuts the linear along its input.
-    """
-    parts = {"weight": pack_rows(layer.weight), "weight_scale": layer.weight_scale}
-    parts["weight_offset"] = torch.zeros_like(layer.weight_scale)
-    if layer.second_scale is not None:
-        parts |= {"weight_scale_second": layer.second_scale, "weight_offset_second": layer.weight_offset}
-    splits = 16 if row_parallel(prefix) else 1
-    parts["scale_bias"] = 8 * by_groups(layer.dequantized(), splits).sum(2)
-    return parts
-
-
 def _group_size(forms: Iterable[LayerForm]) -> int:
     """What the description says of all layers together: the columns of a group, 0 if no layer has groups."""
     sizes = [BLOCK if form.kind.is_microscaling else form.group_size for form in forms]
     return next(filter(None, sizes), 0)
-
-
-def check_layout(form: LayerForm, info: LinearInfo) -> None:
-    """Refuse a linear whose tensors would not come out even.
-
-    Raises:
-        UnsupportedError: names the linear.
-    """
-    odd: str | None = None
-    if form.kind is LayerKind.W4A8_DYNAMIC and row_parallel(info.prefix) and info.in_features % 16:
-        odd = f"engines cut it into 16 parts along its {info.in_features} input features"
-    elif info.out_features % 2 and _packs_rows(form):
-        odd = f"rows are packed in pairs, but it has {info.out_features} output features"
-    elif info.in_features % 2 and _packs_columns(form):
-        odd = f"columns are packed in pairs, but it has {info.in_features} input features"
-    if odd:
-        raise UnsupportedError(f"cannot become {form.kind}: {odd}", where=info.name, remedy="exclude this linear")
-
-
-def _packs_rows(form: LayerForm) -> bool:
-    return form.kind is LayerKind.W4A8_DYNAMIC or (form.kind is LayerKind.W4A16 and form.group_size > 0)
-
-
-def _packs_columns(form: LayerForm) -> bool:
-    return (form.kind is LayerKind.W4A16 and not form.group_size) or form.kind.startswith(("W4A8_MX", "W4A4_MX"))

@@ -42,8 +42,8 @@ QUANT_TYPE = "quant_type"
 _CACHE_PREFIX = {"key": "k_proj", "value": "v_proj"}
 _FA_PREFIX = {"query": "fa_q", "key": "fa_k", "value": "fa_v"}
 _LETTERS = {"query": "Q", "key": "K", "value": "V"}
-_DTYPES = {"int8": "INT8", "fp8_e4m3": "FP8", "mxfp4": "MXFP4"}
-_GROUP = re.compile(r"(?:([QKVP]+)_)?(INT8|FP8|MXFP4)(_DYNAMIC)?(?:_|$)")
+_DTYPES = {"int8": "INT8", "fp8_e4m3": "FP8", "mxfp8": "MXFP8", "mxfp4": "MXFP4"}
+_GROUP = re.compile(r"(?:([QKVP]+)_)?(INT8|FP8|MXFP8|MXFP4)(_DYNAMIC)?(?:_|$)")
 _SIZE_OF_CACHE = {"key": "key_dim", "value": "value_dim"}
 
 
@@ -70,9 +70,10 @@ def parse_quant_type(text: str) -> AttentionForm | None:
         if group is None or (group.end() == len(text) and text.endswith("_")):
             return None
         letters, dtype, dynamic = group[1] or "QKV", group[2], bool(group[3])
-        scope = "per_block" if dtype == "MXFP4" else "per_token" if dynamic else "per_head"
+        micro = dtype.startswith("MX")
+        scope = "per_block" if micro else "per_token" if dynamic else "per_head"
         known_letters = len(set(letters)) == len(letters) and set(letters) <= names.keys()
-        if not known_letters or (dtype == "MXFP4" and not dynamic) or any(names[each] in states for each in letters):
+        if not known_letters or (micro and not dynamic) or any(names[each] in states for each in letters):
             return None
         ours = next(name for name, theirs in _DTYPES.items() if theirs == dtype)
         states |= {names[letter]: StateForm(ours, scope) for letter in letters}

@@ -11,10 +11,12 @@ from dataclasses import dataclass
 
 import torch
 
+from slim_core.errors import UnsupportedError
+from slim_core.model.units import LinearInfo
 from slim_core.quantization.kinds import LayerForm, LayerKind
 from slim_core.quantization.microscaling import BLOCK
 
-__all__ = ["BLOCK", "FLOAT_BIAS", "Part", "form_of", "layout", "row_parallel"]
+__all__ = ["BLOCK", "FLOAT_BIAS", "Part", "check_layout", "form_of", "layout", "row_parallel"]
 
 _SPLITS = 16
 _ROW_PARALLEL = ("down_proj", "o_proj", "w2")
@@ -127,3 +129,28 @@ def form_of(kind: LayerKind, shapes: Mapping[str, tuple[int, ...]]) -> tuple[Lay
         outer_block = -(-width // outer[1])
         outer_block += -outer_block % BLOCK
     return LayerForm(kind, group_size, outer_block=outer_block), out, width
+
+
+def check_layout(form: LayerForm, info: LinearInfo) -> None:
+    """Refuse a linear whose tensors would not come out even.
+
+    Raises:
+        UnsupportedError: names the linear.
+    """
+    odd: str | None = None
+    if form.kind is LayerKind.W4A8_DYNAMIC and row_parallel(info.prefix) and info.in_features % 16:
+        odd = f"engines cut it into 16 parts along its {info.in_features} input features"
+    elif info.out_features % 2 and _packs_rows(form):
+        odd = f"rows are packed in pairs, but it has {info.out_features} output features"
+    elif info.in_features % 2 and _packs_columns(form):
+        odd = f"columns are packed in pairs, but it has {info.in_features} input features"
+    if odd:
+        raise UnsupportedError(f"cannot become {form.kind}: {odd}", where=info.name, remedy="exclude this linear")
+
+
+def _packs_rows(form: LayerForm) -> bool:
+    return form.kind is LayerKind.W4A8_DYNAMIC or (form.kind is LayerKind.W4A16 and form.group_size > 0)
+
+
+def _packs_columns(form: LayerForm) -> bool:
+    return (form.kind is LayerKind.W4A16 and not form.group_size) or form.kind.startswith(("W4A8_MX", "W4A4_MX"))

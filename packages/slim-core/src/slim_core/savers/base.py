@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar
@@ -25,10 +25,13 @@ from slim_core.model.units import LinearInfo, Unit
 from slim_core.model.weights import UnitWeights
 from slim_core.processors.base import Assignment, AttentionAssignment, Extras
 from slim_core.quantization.attention import QuantizedAttention
-from slim_core.quantization.layers import QuantizedLinear
+from slim_core.quantization.layers import QuantizedLinear, ScaledInput
 from slim_core.recipe import SaverConfig, saver_class
 
-__all__ = ["Output", "PlannedTensor", "Saver", "create_saver"]
+__all__ = ["INNER", "Output", "PlannedTensor", "Saver", "create_saver"]
+
+INNER = ".linear"
+"""How the name of a linear goes on whose input is multiplied by a scale: the tensors of the quantized linear follow."""
 
 _PART = 1 << 23  # elements of a tensor that are passed on at once
 
@@ -71,8 +74,17 @@ class Saver(ABC):
     """Base of the savers."""
 
     Config: ClassVar[type[SaverConfig]]
+    engine: ClassVar[str | None] = None
+    """The engine that the format is mainly written for, by its name in the loader tables. What it cannot load is worth
+    a warning, and what no engine can load that reads the same format is refused. None: nothing is known of engines."""
     holds_attentions: ClassVar[bool] = False
     """Whether the format has a place for quantized attentions."""
+    holds_extras: ClassVar[bool] = True
+    """Whether the format has a place for what processors leave beside the weights."""
+    holds_query_rotations: ClassVar[bool] = False
+    """Whether the format has a place for matrices that queries and keys are multiplied by while the model runs."""
+    holds_input_scales: ClassVar[bool] = False
+    """Whether the format has a place for scales that inputs of linears are multiplied by while the model runs."""
 
     def __init__(self, config: Any) -> None:
         self.config = config
@@ -95,6 +107,14 @@ class Saver(ABC):
             assignments, attentions: the linears and attentions that will be quantized, by module name.
         """
 
+    def engine_dtype(self, model: StreamedModel) -> torch.dtype | None:
+        """The dtype of activations in the engine, which static scales must be numbers of; None if it is not known."""
+        return model.dtype
+
+    def notes(self, output: Output) -> list[str]:
+        """Remarks on what was declared that the plan passes on to the user."""
+        return []
+
     @abstractmethod
     def parameters(self, info: LinearInfo, layer: QuantizedLinear) -> Mapping[str, Any]:
         """The tensors that a finished layer becomes, by their full name."""
@@ -108,7 +128,9 @@ class Saver(ABC):
         """Write the files beside the weights, and what processors leave there."""
 
     def write_layer(self, writer: ShardedWriter, info: LinearInfo, layer: QuantizedLinear) -> None:
-        """Hand the tensors of a finished layer to the writer."""
+        """Hand the tensors of a finished layer to the writer; the scale of its input is among what was added."""
+        if isinstance(layer, ScaledInput):
+            info, layer = replace(info, prefix=info.prefix + INNER), layer.layer
         for name, tensor in self.parameters(info, layer).items():
             writer.put(name, tensor)
 

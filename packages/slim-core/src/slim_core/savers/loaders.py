@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from importlib.resources import files
@@ -16,12 +16,16 @@ from slim_core.model.attention import AttentionInfo
 from slim_core.quantization.attention import AttentionForm
 from slim_core.quantization.kinds import LayerForm, LayerKind
 from slim_core.savers.ascendv1_attention import engine_class
+from slim_core.savers.loader_asks import ASKED, Facts
 
-__all__ = ["MAIN_ENGINE", "engines", "fused_leaves", "is_loadable", "layer_class", "loads_attention", "lost_biases"]
-__all__ += ["mixed_fusions", "no_engine", "obstacle", "reads_ascendv1", "refused_together", "unloadable"]
-__all__ += ["unloadable_attentions"]
+__all__ = ["ASCENDV1", "MAIN_ENGINE", "MAIN_ENGINES", "MINDIE", "attention_obstacle", "engine_format", "engines"]
+__all__ += ["fused_leaves", "fuses", "is_loadable", "layer_class", "loads_attention", "lost_biases", "mixed_fusions"]
+__all__ += ["no_engine", "obstacle", "reads_floats", "refused_together", "unloadable", "unloadable_attentions"]
 
-MAIN_ENGINE = "vllm-ascend"
+ASCENDV1, MINDIE = "ascendv1", "mindie"
+MAIN_ENGINES = {ASCENDV1: "vllm-ascend", MINDIE: "mindie-sd"}
+"""Of every format the engine that it is mainly written for."""
+MAIN_ENGINE = MAIN_ENGINES[ASCENDV1]
 _EXPERT = re.compile(r"\.experts\.\d+\.")
 # Their bias is also in quant_bias, which every such layer has.
 _HOLDS_BIAS = frozenset({LayerKind.W8A8, LayerKind.W8A8S})
@@ -37,9 +41,19 @@ def engines() -> list[str]:
     return [name for name in _tables() if name != "fused"]
 
 
-def reads_ascendv1(engine: str) -> bool:
-    """Whether an engine takes folders of this format; others know the layers, but want other files around them."""
-    return "format" not in _tables()[engine]
+def engine_format(engine: str) -> str:
+    """The format that an engine reads."""
+    return _tables()[engine].get("format", ASCENDV1)
+
+
+def fuses(engine: str) -> bool:
+    """Whether an engine makes one of linears that read the same input."""
+    return _tables()[engine].get("fuses", True)
+
+
+def reads_floats(engine: str) -> bool:
+    """Whether an engine takes tensors that are not quantized from the files; else they are those of the original."""
+    return _tables()[engine].get("floats", True)
 
 
 def fused_leaves() -> list[list[str]]:
@@ -52,12 +66,26 @@ def layer_class(name: str) -> str:
     return "experts" if _EXPERT.search(name) else "linear"
 
 
-def is_loadable(engine: str, kind: str, name: str, form: LayerForm | None = None, width: int | None = None) -> bool:
+def is_loadable(
+    engine: str,
+    kind: str,
+    name: str,
+    form: LayerForm | None = None,
+    width: int | None = None,
+    has_bias: bool | None = None,
+) -> bool:
     """Whether an engine has a class for a layer of this type, at this place and in this form."""
-    return obstacle(engine, kind, name, form, width) is None
+    return obstacle(engine, kind, name, form, width, has_bias) is None
 
 
-def obstacle(engine: str, label: str, name: str, form: LayerForm | None = None, width: int | None = None) -> str | None:
+def obstacle(
+    engine: str,
+    label: str,
+    name: str,
+    form: LayerForm | None = None,
+    width: int | None = None,
+    has_bias: bool | None = None,
+) -> str | None:
     """Why an engine cannot load a layer, as the end of a sentence that begins with the engine; None if it can.
 
     Args:
@@ -65,6 +93,7 @@ def obstacle(engine: str, label: str, name: str, form: LayerForm | None = None, 
         name: the linear, which tells experts from others.
         form: what the label leaves open; None if it is not known, which is no obstacle.
         width: its input features, if they are known.
+        has_bias: None if that is not known.
     """
     place = layer_class(name)
     table = _tables()[engine]
@@ -76,8 +105,8 @@ def obstacle(engine: str, label: str, name: str, form: LayerForm | None = None, 
     if form is None or asked is True:
         return None
     for word in asked:
-        met, text = _ASKED[word]
-        if not met(form, width):
+        met, text = ASKED[word]
+        if not met(Facts(form, width, has_bias)):
             return f"loads {label} {place} layers {text}"
     return None
 
@@ -100,46 +129,38 @@ def _has_groups(form: LayerForm) -> bool:
     return form.group_size > 0 or form.kind.is_microscaling
 
 
-# What a class may ask of a layer beyond its type; a width that is not known counts as right.
-_ASKED: dict[str, tuple[Callable[[LayerForm, int | None], bool], str]] = {
-    "per_channel": (lambda form, _: not form.group_size, "only per channel, not in groups"),
-    "grouped": (lambda form, _: form.group_size > 0, "only in groups, not per channel"),
-    "symmetric": (lambda form, _: form.symmetric, "only without weight_offset; quantize symmetrically"),
-    # Its inputs are packed as it runs, eight to a number of 32 bits.
-    "packed": (lambda _, width: not (width or 0) % 8, "only if 8 divides their input features"),
-    "even_blocks": (lambda _, width: not (width or 0) % 64, "only if 64 divides their input features"),
-    "whole_blocks": (lambda _, width: not (width or 0) % 32, "only if 32 divides their input features"),
-    "alone": (lambda _form, _width: True, "only in models without groups"),  # see refused_together
-}
-
-
 def unloadable(
     layers: Mapping[str, LayerForm | str],
     widths: Mapping[str, int] = MappingProxyType({}),
     labels: Mapping[str, str] = MappingProxyType({}),
+    *,
+    engine: str = MAIN_ENGINE,
+    without_bias: Collection[str] = (),
 ) -> list[str]:
-    """One warning for everything that keeps the main engine from loading layers, with the engines that do load them.
+    """One warning for everything that keeps an engine from loading layers, with the engines that do load them.
 
     Args:
         layers: forms by the name of the linear, or kinds where no more is known.
         widths: input features by the name of the linear.
         labels: what kinds are called in the description, where that is not their own name.
+        without_bias: the linears that have none.
     """
     found: dict[tuple[str, tuple[str, ...]], list[str]] = {}
     for name, layer in layers.items():
         form = layer if isinstance(layer, LayerForm) else None
         kind = str(layer if form is None else form.kind)
         label = labels.get(kind, kind)
-        if text := obstacle(MAIN_ENGINE, label, name, form, widths.get(name)):
-            others = [e for e in _other_engines() if is_loadable(e, label, name, form, widths.get(name))]
+        facts = label, name, form, widths.get(name), name not in without_bias
+        if text := obstacle(engine, *facts):
+            others = [other for other in _other_engines(engine) if is_loadable(other, *facts)]
             found.setdefault((text, tuple(others)), []).append(name)
     warnings = [
-        f"{MAIN_ENGINE} {text} ({len(names)} linears, e.g. {names[0]}){_load_them(others)}"
+        f"{engine} {text} ({len(names)} linears, e.g. {names[0]}){_load_them(others)}"
         for (text, others), names in found.items()
     ]
     forms = {name: layer for name, layer in layers.items() if isinstance(layer, LayerForm)}
-    if text := refused_together(MAIN_ENGINE, forms):
-        warnings.append(f"{MAIN_ENGINE} {text}")
+    if text := refused_together(engine, forms):
+        warnings.append(f"{engine} {text}")
     return warnings
 
 
@@ -148,6 +169,9 @@ def no_engine(
     widths: Mapping[str, int],
     labels: Mapping[str, str],
     attentions: Mapping[AttentionInfo, AttentionForm],
+    *,
+    format: str = ASCENDV1,
+    without_bias: Collection[str] = (),
 ) -> str | None:
     """Why there is no engine that loads all of these in one model: what stops each; None if there is one.
 
@@ -155,13 +179,14 @@ def no_engine(
 
     Args:
         layers: forms by the name of the linear, :attr:`LayerKind.FLOAT` where it is not quantized.
-        widths, labels: as in :func:`unloadable`.
+        widths, labels, without_bias: as in :func:`unloadable`.
         attentions: those that are quantized.
+        format: what the engines must read.
     """
     stopped: dict[str, list[str]] = {}
     for engine in engines():
-        if reads_ascendv1(engine):
-            text = _first_obstacle(engine, layers, widths, labels, attentions)
+        if engine_format(engine) == format:
+            text = _first_obstacle(engine, layers, widths, labels, attentions, without_bias)
             if text is None:
                 return None
             stopped.setdefault(text, []).append(engine)
@@ -174,28 +199,28 @@ def _first_obstacle(
     widths: Mapping[str, int],
     labels: Mapping[str, str],
     attentions: Mapping[AttentionInfo, AttentionForm],
+    without_bias: Collection[str],
 ) -> str | None:
     renamed = _tables()[engine].get("renamed", {})
     for name, layer in layers.items():
         form = layer if isinstance(layer, LayerForm) else None
         kind = str(layer if form is None else form.kind)
         label = labels.get(kind, kind)
-        if text := obstacle(engine, renamed.get(label, label), name, form, widths.get(name)):
+        if text := obstacle(engine, renamed.get(label, label), name, form, widths.get(name), name not in without_bias):
             return f"{text} (e.g. {name})"
     for info, form in attentions.items():
-        kind, place = engine_class(form), attention_class(info.latent)
-        if not loads_attention(engine, kind, info.latent):
-            return f"has no class for {place} attention that is {kind} (e.g. {info.name})"
+        if text := attention_obstacle(engine, engine_class(form), info.latent, info.rotated):
+            return f"{text} (e.g. {info.name})"
     return refused_together(engine, {name: form for name, form in layers.items() if isinstance(form, LayerForm)})
 
 
-def _other_engines() -> list[str]:
-    """Those that read this format too, beside the main one."""
-    return [engine for engine in engines() if engine != MAIN_ENGINE and reads_ascendv1(engine)]
+def _other_engines(engine: str) -> list[str]:
+    """Those that read the same format."""
+    return [other for other in engines() if other != engine and engine_format(other) == engine_format(engine)]
 
 
 def _load_them(others: Sequence[str]) -> str:
-    """The end of a warning: who loads what the main engine does not."""
+    """The end of a warning: who loads what the first engine does not."""
     return f"; {' and '.join(others)} load{'' if len(others) > 1 else 's'} them" if others else ""
 
 
@@ -220,9 +245,9 @@ def mixed_fusions(kinds: Mapping[str, LayerForm | str]) -> list[str]:
 
 
 def lost_biases(kinds: Mapping[str, str]) -> dict[str, list[str]]:
-    """The linears whose bias the main engine does not load, by type.
+    """The linears whose bias engines do not load, by type.
 
-    It skips a bias that its model class has no place for, unless the layer is static: then ``quant_bias`` holds it.
+    They skip a bias that their model class has no place for, unless the layer is static: then ``quant_bias`` holds it.
 
     Args:
         kinds: types by the name of the linear, of those that were given a bias which their architecture does not have.
@@ -239,21 +264,37 @@ def attention_class(latent: bool) -> str:
     return "latent" if latent else "standard"
 
 
-def loads_attention(engine: str, kind: str, latent: bool) -> bool:
+def loads_attention(engine: str, kind: str, latent: bool, rotated: bool = False) -> bool:
     """Whether an engine has a class for an attention whose tensors have this type."""
-    return attention_class(latent) in _tables()[engine].get("attention", {}).get(kind, [])
+    return attention_obstacle(engine, kind, latent, rotated) is None
 
 
-def unloadable_attentions(forms: Mapping[AttentionInfo, AttentionForm]) -> list[str]:
-    """One warning for each type of attention that the main engine has no class for."""
-    found: dict[tuple[str, bool], list[str]] = {}
+def attention_obstacle(engine: str, kind: str, latent: bool, rotated: bool) -> str | None:
+    """Why an engine cannot load an attention, as the end of a sentence that begins with the engine; None if it can.
+
+    Args:
+        kind: its type, as :func:`engine_class` says it.
+        rotated: whether there are matrices that query and key are to be multiplied by.
+    """
+    table, place = _tables()[engine], attention_class(latent)
+    if place not in table.get("attention", {}).get(kind, []):
+        return f"has no class for {place} attention that is {kind}"
+    asks = table.get("rotates", {}).get(kind)
+    if asks and not rotated:
+        return f"loads {kind} attention only with rotations of query and key, which online_quarot makes"
+    if asks is None and rotated:
+        return f"does not rotate query and key of {kind} attention, as online_quarot asks for"
+    return None
+
+
+def unloadable_attentions(forms: Mapping[AttentionInfo, AttentionForm], engine: str = MAIN_ENGINE) -> list[str]:
+    """One warning for each type of attention that an engine has no class for."""
+    found: dict[tuple[str, bool, bool], list[str]] = {}
     for info, form in forms.items():
-        kind = engine_class(form)
-        if not loads_attention(MAIN_ENGINE, kind, info.latent):
-            found.setdefault((kind, info.latent), []).append(info.name)
+        found.setdefault((engine_class(form), info.latent, info.rotated), []).append(info.name)
     warnings: list[str] = []
-    for (kind, latent), names in found.items():
-        others = [engine for engine in _other_engines() if loads_attention(engine, kind, latent)]
-        text = f"{MAIN_ENGINE} has no class for {attention_class(latent)} attention that is {kind}"
-        warnings.append(f"{text} ({len(names)} attentions, e.g. {names[0]}){_load_them(others)}")
+    for facts, names in found.items():
+        if text := attention_obstacle(engine, *facts):
+            others = [other for other in _other_engines(engine) if loads_attention(other, *facts)]
+            warnings.append(f"{engine} {text} ({len(names)} attentions, e.g. {names[0]}){_load_them(others)}")
     return warnings

@@ -69,7 +69,9 @@ def merge_keys(target: dict[str, Any], more: Mapping[str, Any]) -> None:
             target[key] = value
 
 
-def copy_side_files(source: Path, target: Path, config: Mapping[str, Any] | None = None) -> None:
+def copy_side_files(
+    source: Path, target: Path, config: Mapping[str, Any] | None = None, endings: tuple[str, ...] = _COPIED
+) -> None:
     """Copy what an engine needs beside the weights.
 
     Index files, descriptions and reports of an earlier quantization stay behind. ``config.json`` loses
@@ -77,11 +79,12 @@ def copy_side_files(source: Path, target: Path, config: Mapping[str, Any] | None
 
     Args:
         config: what ``config.json`` should say, where that is not what it says in the source.
+        endings: how the names of the files end that are copied.
     """
     for file in sorted(source.iterdir()):
         skipped = (
             not file.is_file()
-            or not file.name.endswith(_COPIED)
+            or not file.name.endswith(endings)
             or file.name.endswith("index.json")
             or file.name.startswith("quant_model_description")
             or file.name in _OURS

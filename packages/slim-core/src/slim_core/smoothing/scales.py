@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from slim_core.model.inputs import mul_scale_of
 from slim_core.model.subgraphs import Subgraph
 from slim_core.model.weights import Edit, UnitWeights
 from slim_core.quantization.row_blocks import rows_per_block
@@ -23,6 +24,7 @@ __all__ += ["power_scale", "spread_of"]
 
 FLOOR = 1e-5
 _LARGEST = 2.0**20
+_FLOAT16 = (2.0**-14, 2.0**15)  # normal numbers
 
 
 def power_scale(act: Tensor, weight: Tensor, alpha: float, beta: float, floor: float = FLOOR) -> Tensor:
@@ -106,14 +108,17 @@ def edits_of(smoothing: Smoothing, weights: UnitWeights) -> tuple[Smoothing, lis
     """The edits that carry a smoothing out without changing what the block computes.
 
     The weight and bias of a norm are rounded to the dtype of the weight here and now, as engines keep them, and the
-    targets are changed by what was really done to it, so nothing is lost to rounding.
+    targets are changed by what was really done to it, so nothing is lost to rounding. The same goes for what the input
+    of a subgraph without a source is multiplied by.
 
     Returns:
         The smoothing as it comes out (with the scale and shift really used) and its edits.
     """
     graph = smoothing.graph
     edits: list[Edit] = []
-    if graph.rows is None:
+    if not graph.source:
+        smoothing, edits = _input_edits(smoothing, weights)
+    elif graph.rows is None:
         smoothing, norm_edits = _norm_edits(smoothing, weights)
         edits += norm_edits
     else:
@@ -150,6 +155,22 @@ def _norm_edits(smoothing: Smoothing, weights: UnitWeights) -> tuple[Smoothing, 
     return replace(smoothing, scale=scale, shift=shift), edits
 
 
+def _input_edits(smoothing: Smoothing, weights: UnitWeights) -> tuple[Smoothing, list[Edit]]:
+    """What the input of all targets is multiplied by, ``1 / scale``, on top of what it is multiplied by already.
+
+    It is rounded to bfloat16 whatever the dtype of the weights: engines bring it into the dtype that they run in, and
+    so it comes out the same in each. Only float16 does not reach as far; there it is rounded to float16.
+    """
+    graph = smoothing.graph
+    names = [mul_scale_of(target) for target in graph.targets]
+    before = weights[names[0]].load() if names[0] in weights else torch.ones(len(graph.columns))
+    narrow = any(weights[f"{target}.weight"].dtype == torch.float16 for target in graph.targets)
+    wanted = before / smoothing.columns
+    factor = wanted.clamp(*_FLOAT16).half().float() if narrow else wanted.bfloat16().float()
+    edits = [Edit(name, value=factor) for name in names]
+    return replace(smoothing, scale=before / factor), edits
+
+
 def _bias_edit(target: str, shift: Tensor, weights: UnitWeights) -> Edit:
     """``bias + W shift``, with the weight as it is before it is rescaled."""
     view = weights[f"{target}.weight"]
@@ -164,7 +185,7 @@ class SmoothingNote:
 
     Args:
         position: the processor, by its place in the recipe.
-        type, source, targets: the subgraph.
+        type, source, targets: the subgraph; ``non-fusion`` is called by its first target.
         tokens: how many tokens its scale was made from.
         alpha, beta, ratio, error_before, error_after: as in :class:`Choice`.
         scale_min, scale_max: of the scale that was carried out.
@@ -213,8 +234,8 @@ def note_of(done: Smoothing, channels: ChannelStatistics, position: str) -> Smoo
     weight = choice.weight
     return SmoothingNote(
         position,
-        done.graph.type,
-        done.graph.source,
+        done.graph.label,
+        done.graph.name,
         done.graph.targets,
         channels.tokens,
         choice.alpha,

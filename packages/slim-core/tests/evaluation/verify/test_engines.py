@@ -84,3 +84,22 @@ def test_fused_sparse_linears_see_their_input_alike(kinds: ModuleType, draft: An
     draft.tensors["model.layers.0.mlp.up_proj.input_scale"] = torch.tensor([0.0625])
     found = kinds.verified(draft, tmp_path)
     assert any("up_proj.input_scale: is 0.0625, expected 0.03125" in text for text in found.problems)
+
+
+@pytest.mark.parametrize("part", ["input_scale", "input_offset"])
+def test_queries_of_a_cross_attention_may_see_another_input(
+    kinds: ModuleType, part: str, draft: Any, tmp_path: Path
+) -> None:
+    """Keys and values agree there; where these differ, no attention is right."""
+    attention = "model.layers.0.self_attn"
+    for leaf in ("q_proj", "k_proj", "v_proj"):
+        kinds.put(draft, "W8A8S", kinds.matrix(), f"{attention}.{leaf}")
+    name = f"{attention}.q_proj.{part}"
+    draft.tensors[name] = draft.tensors[name] / 2 if part == "input_scale" else draft.tensors[name] + 1
+    found = kinds.verified(draft, tmp_path / "queries")
+    assert not any("engines fuse" in text for text in found.problems)
+    assert [text for text in found.warnings if text.startswith(name)]
+    name = f"{attention}.v_proj.{part}"
+    draft.tensors[name] = draft.tensors[name] * 4
+    found = kinds.verified(draft, tmp_path / "values")
+    assert any(text.startswith(name) and "engines fuse them" in text for text in found.problems)

@@ -12,13 +12,14 @@ from typing import Any
 from torch import nn
 from transformers.core_model_loading import dot_natural_key
 
-from slim_core.checkpoint.joined import JoinedSource
+from slim_core.checkpoint.joined import JoinedSource, Part
 from slim_core.checkpoint.sliced import Slice, SlicedSource
 from slim_core.checkpoint.source import TensorSource
 from slim_core.checkpoint.stacked import cut_stack
 from slim_core.errors import InvalidModelError, UnsupportedError
 from slim_core.model.linears import keep_float
 from slim_llm.models.conversions import Conversions, change_of, puts_side_by_side
+from slim_llm.models.cuts import cuts_of
 from slim_llm.models.draft_stacks import cut_alike
 from slim_llm.models.expert_stacks import Stack
 from slim_llm.models.experts import ExpertsApart, experts_apart
@@ -26,6 +27,7 @@ from slim_llm.models.experts import ExpertsApart, experts_apart
 __all__ = ["locate"]
 
 _NUMBER = re.compile(r"\d+")
+_ARRANGED = ":arranged"  # ends the name of what is seen of a tensor in another order of rows than it is stored in
 _MISSING = "a shard is missing, or the weights and config.json do not belong together"
 
 
@@ -78,12 +80,12 @@ class _Experts:
         return (count, out) if self.bias else (count, *matrix)
 
 
-Location = tuple[TensorSource, dict[str, str], dict[str, tuple[str, ...]]]
+Location = tuple[TensorSource, dict[str, str], dict[str, tuple[str | Part, ...]]]
 
 
 def locate(module: nn.Module, source: TensorSource, where: str) -> Location:
     """The checkpoint with stacked experts cut apart, the stored name of every parameter that has another one, and the
-    parts of every parameter that is stored in parts, in order.
+    parts of every parameter that is stored in parts, or is a part of what is stored, in order.
 
     Args:
         module: the model, its experts taken apart.
@@ -104,6 +106,7 @@ def locate(module: nn.Module, source: TensorSource, where: str) -> Location:
     state: dict[str, Any] = module.state_dict(keep_vars=True) | found
     names: dict[str, str] = {}
     parts_of: dict[str, dict[int, str]] = {}
+    cuts: dict[str, Part] = {}
     for stored in sorted(source, key=dot_natural_key):
         target, pattern = conversions.target(stored, state)
         if target in found:
@@ -111,6 +114,8 @@ def locate(module: nn.Module, source: TensorSource, where: str) -> Location:
         elif pattern is None and target in single:
             part, at = single[target]
             part.each[at] = stored
+        elif found_cuts := cuts_of(conversions.rule(pattern), source.meta(stored), target, state, module.config):
+            cuts |= found_cuts
         elif pattern is not None and target in state:
             rule = conversions.rule(pattern)
             if not puts_side_by_side(rule):
@@ -128,12 +133,14 @@ def locate(module: nn.Module, source: TensorSource, where: str) -> Location:
                 remedy="start from a checkpoint with the experts in floating point",
             )
     _refuse_mixtures(found.values(), where)
-    joined = {
+    joined: dict[str, tuple[str | Part, ...]] = {
         name: _all_parts(name, [parts.get(i, "") for i in range(max(parts) + 1)], where)
         for name, parts in parts_of.items()
     }
-    for name in joined:
+    for name in (*joined, *cuts):
         keep_float(module.get_submodule(name.rpartition(".")[0]))
+    names |= {name: f"{name}{_ARRANGED}" for name in cuts if name in source}
+    joined |= {names.get(name, name): (part,) for name, part in cuts.items()}
     slices: dict[str, Slice] = {}
     used = {stored.name for part in found.values() for stored in part.stacked}
     for path, _ in experts_apart(module):

@@ -31,8 +31,9 @@ class Conversions:
             return rename_source_key(stored, [], [], self._prefix, state)
         return target, pattern
 
-    def rule(self, pattern: str) -> Any:
-        return self._by_pattern[pattern]
+    def rule(self, pattern: str | None) -> Any:
+        """The converter with this pattern; None for None."""
+        return None if pattern is None else self._by_pattern[pattern]
 
 
 def expert_spelling(module: nn.Module) -> Callable[[str, int], Sequence[str] | None]:

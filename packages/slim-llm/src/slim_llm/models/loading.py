@@ -166,9 +166,9 @@ def open_model(folder: Path, *, trust_remote_code: bool = False, kind: ModelKind
             where=str(folder / "config.json"),
             remedy="start from the floating-point checkpoint or a block-quantised FP8 one",
         )
-    if (folder / "quant_model_description.json").exists():
+    if any(folder.glob("quant_model_description*.json")):
         raise UnsupportedError(
-            "this folder holds a quantized ascendv1 checkpoint", where=str(folder), remedy="start from the original"
+            "this folder holds a quantized checkpoint", where=str(folder), remedy="start from the original"
         )
     source: TensorSource = Checkpoint(folder)
     if block is not None:

@@ -12,13 +12,16 @@ from slim_core.checkpoint.source import TensorSource
 from slim_core.evaluation.verify.findings import ATTENTION, CACHE, FLOAT, Contents, Findings, form
 from slim_core.evaluation.verify.layers import Loadable, layer_kind_of
 from slim_core.quantization.attention import AttentionForm
+from slim_core.rotation.attention import KEY_ROTATION, QUERY_ROTATION
 from slim_core.savers.ascendv1_attention import FA_KEY, QUANT_TYPE, engine_class, parse_quant_type
 from slim_core.savers.ascendv1_layout import form_of
-from slim_core.savers.loaders import MAIN_ENGINE, engines, loads_attention, reads_ascendv1
+from slim_core.savers.loaders import engine_format, engines, loads_attention
 
 __all__ = ["check_attention_values", "check_attentions", "loadable_attentions"]
 
 _CACHE_PARTS = ("k_proj.kv_cache_scale", "k_proj.kv_cache_offset", "v_proj.kv_cache_scale", "v_proj.kv_cache_offset")
+_ROTATIONS = (QUERY_ROTATION, KEY_ROTATION)
+_ROUNDING = 0.02  # entries of a rotation are bfloat16, each off by up to 0.4 %
 _FA_STATES = {"query": "fa_q", "key": "fa_k", "value": "fa_v"}
 _FA_PARTS = tuple(f"{state}.{part}" for state in _FA_STATES.values() for part in ("scale", "offset"))
 
@@ -157,7 +160,7 @@ def _heads(contents: Contents, attention: _Attention, state: str) -> int | None:
 def check_attention_values(contents: Contents, stored: TensorSource, findings: Findings) -> int:
     """Check every scale and offset; the number of tensors that were read."""
     shifted: list[str] = []
-    checked = 0
+    checked = _check_rotations(contents, stored, findings)
     for attention in _attentions(contents).values():
         for part in sorted(attention.parts):
             name = f"{attention.prefix}.{part}"
@@ -176,9 +179,25 @@ def check_attention_values(contents: Contents, stored: TensorSource, findings: F
             elif part.endswith("_offset") and bool((value != 0).any()):
                 shifted.append(name)
     if shifted:
-        text = f"is not zero ({len(shifted)} such): the paged decode of {MAIN_ENGINE} ignores it"
+        text = f"is not zero ({len(shifted)} such): the paged decode of {contents.main_engine} ignores it"
         findings.warn(shifted[0], f"{text}; quantize the cache symmetrically")
     return checked
+
+
+def _check_rotations(contents: Contents, stored: TensorSource, findings: Findings) -> int:
+    """Check that scores stay what they are under the matrices that query and key are multiplied by."""
+    prefixes = {name.rpartition(".")[0] for name in contents.placed if name.rpartition(".")[2] in _ROTATIONS}
+    for prefix in sorted(prefixes):
+        names = [f"{prefix}.{leaf}" for leaf in _ROTATIONS]
+        if missing := [name for name in names if name not in stored]:
+            findings.problem(missing[0], "is missing; query and key of an attention have a rotation both")
+            continue
+        query, key = (stored.load(name).float() for name in names)
+        if query.dim() != 2 or query.shape != key.shape or query.shape[0] != query.shape[1]:
+            findings.problem(names[0], f"is {list(query.shape)} beside {list(key.shape)}, expected two equal squares")
+        elif not bool(((query @ key.T - torch.eye(len(query))).abs() <= _ROUNDING).all()):
+            findings.problem(names[0], "times the transposed k_rot is not one, so that scores change")
+    return 2 * len(prefixes)
 
 
 def _is_code(value: torch.Tensor) -> bool:
@@ -188,15 +207,16 @@ def _is_code(value: torch.Tensor) -> bool:
 def loadable_attentions(contents: Contents, engine: str | None) -> Iterator[Loadable]:
     """For every engine that reads this format (or the one given) and type: how many attentions, and whether there is a
     class for them."""
-    found: dict[tuple[str, bool], list[str]] = {}
+    found: dict[tuple[str, bool, bool], list[str]] = {}
     for attention in _attentions(contents).values():
         latent = attention.latent_weight in contents.placed
         if any(part in _CACHE_PARTS for part in attention.parts):
-            found.setdefault((CACHE, latent), []).append(attention.prefix)
+            found.setdefault((CACHE, latent, False), []).append(attention.prefix)
         layout: AttentionForm | None = parse_quant_type(attention.quant_type or "")
         if layout is not None:
-            found.setdefault((engine_class(layout), latent), []).append(attention.prefix)
-    for name in [engine] if engine else filter(reads_ascendv1, engines()):
-        for (kind, latent), prefixes in sorted(found.items()):
-            loadable = loads_attention(name, kind, latent)
+            rotated = all(f"{attention.prefix}.{leaf}" in contents.placed for leaf in _ROTATIONS)
+            found.setdefault((engine_class(layout), latent, rotated), []).append(attention.prefix)
+    for name in [engine] if engine else [one for one in engines() if engine_format(one) == contents.format]:
+        for facts, prefixes in sorted(found.items()):
+            loadable, kind = loads_attention(name, *facts), facts[0]
             yield Loadable(name, kind, "attention", len(prefixes), loadable, prefixes[0])

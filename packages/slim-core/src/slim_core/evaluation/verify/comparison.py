@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from slim_core.checkpoint.source import TensorSource
-from slim_core.evaluation.verify.decoding import Decoder
+from slim_core.evaluation.verify.decoding import NO_CODE, Decoder
 from slim_core.evaluation.verify.findings import Findings, Layer
 from slim_core.evaluation.verify.rows import all_finite, row_blocks
 from slim_core.quantization.kinds import LayerKind
@@ -46,15 +46,18 @@ class Bounds:
         source: the float tensors, FP8 blocks decoded.
         method: the weight method that the recipe names for a linear; ``unknown`` without a recipe.
         within_layers: whether that goes for decoder layers too; not if the recipe reshapes them first.
+        same_floats: whether float tensors must be those of the original wherever they are.
     """
 
     source: TensorSource
     method: Callable[[str], str]
     within_layers: bool = True
+    same_floats: bool = False
 
     def holds(self, name: str) -> bool:
         """Whether a float tensor must be as it is in the original."""
-        return name in self.source and (self.within_layers or not _IN_A_LAYER.search(name))
+        everywhere = self.within_layers or self.same_floats
+        return name in self.source and (everywhere or not _IN_A_LAYER.search(name))
 
 
 @dataclass
@@ -161,6 +164,9 @@ def _look_at(layer: Layer, decoder: Decoder, codes: Tensor, rows: slice, seen: W
     else:
         if decoder.element == "e4m3" and bool((nan := codes.float().isnan()).any()):
             faults.add("finite", f"holds NaN in row {rows.start + int(nan.any(1).nonzero()[0])}")
+        if decoder.packing == "values" and bool((other := codes == NO_CODE).any()):
+            row = rows.start + int(other.any(1).nonzero()[0])
+            faults.add("element", f"holds values in row {row} that are no numbers of four bits (E2M1)")
         blank = (codes.view(torch.uint8) == 0).all(1)
     faults.add("blank", _unwritten(layer, decoder, codes, blank, rows))
 

@@ -12,14 +12,16 @@ from torch import Tensor
 from slim_core.evaluation.verify.findings import Layer
 from slim_core.quantization.kinds import LayerKind
 
-__all__ = ["Decoder"]
+__all__ = ["NO_CODE", "Decoder"]
 
 _BLOCK = 32
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 _FOUR_BIT_FLOATS = (LayerKind.W4A8_MXFP, LayerKind.W4A4_MXFP4, LayerKind.W4A4_MXFP4_DUALSCALE)
 
 Element = Literal["integer", "e4m3", "e2m1", "float"]
-Packing = Literal["no", "rows", "columns"]
+Packing = Literal["no", "rows", "columns", "values"]
+NO_CODE = 16
+"""What stands for a number that is none of the sixteen of four bits."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,8 @@ class Decoder:
 
     Args:
         element: what a code is: an integer, a number of eight or four bits, or the weight itself.
-        packing: which neighbours share a byte: the first in its low half.
+        packing: which neighbours share a byte: the first in its low half. ``values``: none do, and a byte is not the
+            code of a four-bit number but that number as E4M3.
         scale: float32 ``(out, groups)``: the weight that an element of 1 stands for.
         offset: float32 ``(out, groups)``, subtracted from integers.
         group: columns that share a scale.
@@ -63,6 +66,8 @@ class Decoder:
         """One code per weight ``(rows, in)``: int8, uint8 codes 0..15, or float."""
         if self.packing == "no":
             return stored
+        if self.packing == "values":
+            return _e2m1_codes(stored.float())
         low, high = _halves(stored)
         if self.packing == "rows":
             return torch.stack([low, high], 1).flatten(0, 1)
@@ -117,7 +122,9 @@ def _packing(layer: Layer) -> Packing:
     kind = layer.kind
     if kind is LayerKind.W4A8_DYNAMIC or (kind is LayerKind.W4A16 and layer.form.group_size):
         return "rows"
-    return "columns" if kind is LayerKind.W4A16 or kind in _FOUR_BIT_FLOATS else "no"
+    if kind in _FOUR_BIT_FLOATS:
+        return "columns" if layer.packed else "values"
+    return "columns" if kind is LayerKind.W4A16 else "no"
 
 
 def _scale(layer: Layer, part: Mapping[str, Tensor]) -> Tensor:
@@ -147,6 +154,14 @@ def _halves(stored: Tensor) -> tuple[Tensor, Tensor]:
     return (stored << 4) >> 4, stored >> 4
 
 
+def _e2m1_codes(values: Tensor) -> Tensor:
+    """uint8 codes of four-bit numbers; :data:`NO_CODE` of all others."""
+    table = torch.tensor(_E2M1)
+    size = torch.searchsorted(table, values.abs()).clamp(max=len(_E2M1) - 1)
+    codes = size + 8 * values.signbit()
+    return torch.where(table[size] == values.abs(), codes, NO_CODE).to(torch.uint8)
+
+
 def _e2m1(codes: Tensor) -> Tensor:
-    table = torch.tensor([*_E2M1, *(-value for value in _E2M1)])
+    table = torch.tensor([*_E2M1, *(-value for value in _E2M1), torch.nan])
     return table[codes.long()]

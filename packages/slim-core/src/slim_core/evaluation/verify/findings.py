@@ -11,6 +11,7 @@ import torch
 
 from slim_core.checkpoint.header import StoredTensor
 from slim_core.quantization.kinds import LayerForm, LayerKind
+from slim_core.savers.loaders import ASCENDV1, MAIN_ENGINES
 
 __all__ = ["ATTENTION", "CACHE", "FLOAT", "Contents", "Findings", "Layer", "Module", "as_object", "form"]
 
@@ -70,12 +71,14 @@ class Layer:
     Args:
         form: what its tensors say of it; whether it is symmetric takes their values.
         out, width: output and input features.
+        packed: whether its four-bit elements, if it has such, lie two to a byte; else each is a number of eight bits.
     """
 
     module: Module
     form: LayerForm
     out: int
     width: int
+    packed: bool = True
 
     @property
     def prefix(self) -> str:
@@ -95,13 +98,23 @@ class Contents:
         globals: the keys of the description that name no tensor.
         placed: where every tensor of the weight files lies.
         config: the content of ``config.json``; empty if it is missing or broken.
+        format, description, index: what the format is called, and how its two files around the weights are.
+        refusals: why engines of this format refuse the files, each with where; they would load the layers.
     """
 
     folder: Path
+    format: str = ASCENDV1
+    description: str = ""
+    index: str = ""
     types: dict[str, str] = field(default_factory=dict[str, str])
     globals: dict[str, Any] = field(default_factory=dict[str, Any])
     placed: dict[str, StoredTensor] = field(default_factory=dict[str, StoredTensor])
     config: dict[str, Any] = field(default_factory=dict[str, Any])
+    refusals: list[tuple[str, str]] = field(default_factory=list[tuple[str, str]])
+
+    @property
+    def main_engine(self) -> str:
+        return MAIN_ENGINES[self.format]
 
     @property
     def dtype(self) -> torch.dtype | None:

@@ -1,12 +1,12 @@
-"""``slim verify``: an independent check of an ascendv1 folder.
+"""``slim verify``: an independent check of a quantized folder.
 
-The rules are those of the format (``docs/verify.md``), applied to the files alone: nothing that wrote them is asked.
+The rules are those of its format (``docs/verify.md``), applied to the files alone: nothing that wrote them is asked.
 The one thing shared with the saver is the table of parameters per type, which *is* the format.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -33,12 +33,16 @@ from slim_core.evaluation.verify.original import (
     spec_of_run,
 )
 from slim_core.evaluation.verify.rows import row_blocks
-from slim_core.evaluation.verify.structure import INDEX, read_contents
+from slim_core.evaluation.verify.scaled import behind_scales, check_input_scales
+from slim_core.evaluation.verify.structure import read_contents
 from slim_core.evaluation.verify.values import check_fused_inputs, check_quantized, check_untouched, is_shifted
 from slim_core.quantization.kinds import LayerKind
-from slim_core.savers.loaders import MAIN_ENGINE, engines, reads_ascendv1, refused_together
+from slim_core.savers.loaders import engine_format, engines, refused_together
 
-__all__ = ["Verification", "verify_folder"]
+__all__ = ["Opener", "Verification", "verify_folder"]
+
+Opener = Callable[[Path, Collection[str]], TensorSource]
+"""From the folder of a model, and the names of the tensors of the quantized one, to its tensors under such names."""
 
 _SHOWN = 50
 
@@ -92,13 +96,16 @@ class Verification:
         return "\n".join(lines)
 
 
-def verify_folder(path: Path, original: Path | None = None, engine: str | None = None) -> Verification:
+def verify_folder(
+    path: Path, original: Path | None = None, engine: str | None = None, opener: Opener = open_original
+) -> Verification:
     """Check a folder that ``slim quant`` or the reference tool wrote.
 
     Args:
         path: the quantized checkpoint.
         original: the float model it was made from; its tensors are then compared one by one.
-        engine: what this engine cannot load is a problem; without it, a warning for the main engine.
+        engine: what this engine cannot load is a problem; without it, a warning for the main engine of the format.
+        opener: opens the original, where that has a layout of its own.
 
     Raises:
         InvalidModelError: ``path`` is no folder, or the original cannot be read.
@@ -112,8 +119,9 @@ def verify_folder(path: Path, original: Path | None = None, engine: str | None =
         )
     findings = Findings()
     contents = read_contents(path, findings)
-    source = None if original is None else open_original(original, contents.placed)
+    source = None if original is None else behind_scales(opener(original, contents.placed), contents)
     layers = check_modules(contents, findings)
+    check_input_scales(contents, layers, findings)
     if not findings.problems:
         check_group_size(contents, layers, findings)
     check_attentions(contents, findings)
@@ -122,13 +130,13 @@ def verify_folder(path: Path, original: Path | None = None, engine: str | None =
     if source is not None and original is not None:
         spec = spec_of_run(path)
         check_coverage(contents, source, original, spec, findings)
-        bounds = compare_with(source, spec, findings)
-    stored = _open(path, findings)
+        bounds = compare_with(source, spec, contents, findings)
+    stored = _open(contents, findings)
     if stored is not None:
         layers = [replace(x, form=replace(x.form, symmetric=not is_shifted(x, stored))) for x in layers]
     result = Verification(path, findings.problems, findings.warnings, findings.notes)
     result.loadable = [*loadable_layers(contents, layers, engine), *loadable_attentions(contents, engine)]
-    _check_engines(result, layers, engine, findings)
+    _check_engines(result, contents, layers, engine, findings)
     if stored is not None:
         for parent, leaves in fused:
             check_fused_inputs(parent, leaves, stored, findings)
@@ -141,22 +149,28 @@ def verify_folder(path: Path, original: Path | None = None, engine: str | None =
     return result
 
 
-def _check_engines(result: Verification, layers: Sequence[Layer], engine: str | None, findings: Findings) -> None:
+def _check_engines(
+    result: Verification, contents: Contents, layers: Sequence[Layer], engine: str | None, findings: Findings
+) -> None:
     """What the engine that was asked for cannot load is a problem; for the main engine it is a warning."""
-    name, tell = engine or MAIN_ENGINE, findings.problem if engine else findings.warn
+    name, tell = engine or contents.main_engine, findings.problem if engine else findings.warn
     for entry in result.loadable:
         if not entry.loadable and entry.engine == name:
             why = entry.why or f"has no class for {entry.kind} {entry.place} layers"
             tell(entry.example, f"{name} {why} ({entry.count} of them)")
     if why := refused_together(name, {layer.prefix: layer.form for layer in layers}):
         tell(str(result.path), f"{name} {why}")
-    if not reads_ascendv1(name):
-        tell(str(result.path), f"{name} wants other files around its layers than those of ascendv1")
+    if engine_format(name) != contents.format:
+        tell(str(result.path), f"{name} wants other files around its layers than those of {contents.format}")
+        return
+    for where, why in contents.refusals:
+        tell(where, f"{name} {why}")
 
 
-def _open(path: Path, findings: Findings) -> TensorSource | None:
+def _open(contents: Contents, findings: Findings) -> TensorSource | None:
+    path, index = contents.folder, contents.index
     try:
-        return Checkpoint(path, INDEX if (path / INDEX).exists() else None)
+        return Checkpoint(path, index if (path / index).exists() else None)
     except SlimError as error:
         if not findings.problems:
             findings.problem(error.where or str(path), error.what)

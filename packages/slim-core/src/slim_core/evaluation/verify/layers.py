@@ -9,19 +9,29 @@ from dataclasses import dataclass
 
 import torch
 
+from slim_core.checkpoint.header import StoredTensor
 from slim_core.evaluation.verify.findings import ATTENTION, FLOAT, Contents, Findings, Layer, Module, form
-from slim_core.quantization.kinds import LayerKind
-from slim_core.savers.ascendv1 import DESCRIPTION_FILE as DESCRIPTION
+from slim_core.quantization.kinds import LayerForm, LayerKind
 from slim_core.savers.ascendv1 import FP8_ENGINE_LABEL
 from slim_core.savers.ascendv1_layout import BLOCK, FLOAT_BIAS, Part, form_of, layout
-from slim_core.savers.loaders import engines, fused_leaves, layer_class, obstacle, reads_ascendv1
+from slim_core.savers.loaders import (
+    ASCENDV1,
+    MINDIE,
+    engine_format,
+    engines,
+    fused_leaves,
+    fuses,
+    layer_class,
+    obstacle,
+)
+from slim_core.savers.mindie_layout import FOUR_BITS, mindie_form_of, mindie_layout
 
 __all__ = ["Loadable", "check_fusions", "check_group_size", "check_modules", "layer_kind_of", "loadable_layers"]
 
 _KINDS = frozenset(str(kind) for kind in LayerKind if kind is not LayerKind.FLOAT)
 
 # Types of the format whose tensors are not checked one by one here.
-_UNCHECKED = re.compile(r"W8A8SC|\w+_(FLATQUANT|SVD)(_DYNAMIC)?")
+_UNCHECKED = re.compile(r"W8A8SC|W8A8_TIMESTEP|\w+_(FLATQUANT|SVD)(_DYNAMIC)?")
 _QUANTIZATION_PARTS = frozenset(
     {"weight_scale", "weight_offset", "quant_bias", "input_scale", "input_offset", "deq_scale", "scale_bias"}
     | {"weight_dual_scale", "weight_scale_second", "weight_offset_second", "clip_ratio"}
@@ -98,7 +108,8 @@ def layer_kind_of(label: str) -> LayerKind | None:
 def _check_quantized(module: Module, kind: LayerKind, contents: Contents, findings: Findings) -> Layer | None:
     stored = {suffix: contents.placed.get(f"{module.prefix}.{suffix}") for suffix in module.parts}
     shapes = {suffix: tensor.shape for suffix, tensor in stored.items() if tensor is not None}
-    found = form_of(kind, shapes)
+    packed = _is_packed(kind, stored.get("weight"), contents)
+    found = mindie_form_of(kind, shapes, packed=packed) if contents.format == MINDIE else form_of(kind, shapes)
     if found is None:
         weight = stored.get("weight")
         if weight is not None:
@@ -107,13 +118,11 @@ def _check_quantized(module: Module, kind: LayerKind, contents: Contents, findin
             findings.problem(f"{module.prefix}.weight", f"is missing; a {kind} layer has it")
         return None
     layer, out, width = found
-    expected = layout(layer, module.prefix, out, width)
+    expected = _layout(layer, module.prefix, out, width, packed, contents)
     _check_names(module, kind, list(expected), findings)
     if layer.group_size and width % layer.group_size:
         findings.problem(f"{module.prefix}.weight_scale", f"has groups that do not divide the {width} columns")
         return None
-    if "deq_scale" in expected:
-        expected["deq_scale"] = Part(torch.float32 if contents.dtype == torch.bfloat16 else torch.int64, (out,))
     if "bias" in module.parts:
         expected["bias"] = Part(torch.float32 if kind in FLOAT_BIAS else None, (out,))
     for suffix, part in expected.items():
@@ -125,11 +134,28 @@ def _check_quantized(module: Module, kind: LayerKind, contents: Contents, findin
         if (tensor.dtype, tensor.shape) != want:
             why = f" in a {form(contents.dtype)} model" if suffix == "deq_scale" and tensor.shape == part.shape else ""
             findings.problem(tensor.name, f"is {form(tensor.dtype, tensor.shape)}, expected {form(*want)}{why}")
-    return Layer(module, layer, out, width)
+    return Layer(module, layer, out, width, packed)
+
+
+def _is_packed(kind: LayerKind, weight: StoredTensor | None, contents: Contents) -> bool:
+    """Whether a weight holds two four-bit elements to a byte; MindIE-SD also takes them as numbers of eight bits."""
+    values = contents.format == MINDIE and kind in FOUR_BITS
+    return not values or (weight is not None and weight.dtype == torch.uint8)
+
+
+def _layout(layer: LayerForm, prefix: str, out: int, width: int, packed: bool, contents: Contents) -> dict[str, Part]:
+    if contents.format == MINDIE:
+        return mindie_layout(layer, prefix, out, width, packed=packed)
+    expected = layout(layer, prefix, out, width)
+    if "deq_scale" in expected:
+        expected["deq_scale"] = Part(torch.float32 if contents.dtype == torch.bfloat16 else torch.int64, (out,))
+    return expected
 
 
 def check_group_size(contents: Contents, layers: Sequence[Layer], findings: Findings) -> None:
     """The one group size that the description has for all layers is that of one of them; 0 if none has groups."""
+    if contents.format != ASCENDV1:
+        return
     stated = contents.globals.get("group_size")
     if any(layer.kind.is_microscaling for layer in layers):
         sizes, why = {BLOCK}, "with MX types"
@@ -139,7 +165,7 @@ def check_group_size(contents: Contents, layers: Sequence[Layer], findings: Find
         sizes, why = {0}, "without grouped layers"
     if stated is not None and stated not in sizes:
         want = " or ".join(map(str, sorted(sizes)))
-        findings.problem(DESCRIPTION, f"group_size is {stated!r}, expected {want} {why}")
+        findings.problem(contents.description, f"group_size is {stated!r}, expected {want} {why}")
 
 
 def _check_names(module: Module, kind: LayerKind, expected: list[str], findings: Findings) -> None:
@@ -161,6 +187,8 @@ def check_fusions(contents: Contents, layers: Sequence[Layer], findings: Finding
     Yields:
         Parent and leaf names of fused linears that are all static, whose input parameters must therefore be equal.
     """
+    if not fuses(contents.main_engine):
+        return
     kinds = {module.prefix: module.kind for module in contents.modules()}
     kinds |= {layer.prefix: str(layer.form) for layer in layers if layer.form.group_size}
     parents: dict[str, dict[str, str]] = {}
@@ -208,13 +236,13 @@ def loadable_layers(contents: Contents, layers: Sequence[Layer], engine: str | N
     known = {layer.prefix: layer for layer in layers}
     modules = [m for m in contents.modules() if _is_linear(m, contents) and m.kind != ATTENTION]
     entries: list[Loadable] = []
-    for name in [engine] if engine else filter(reads_ascendv1, engines()):
+    for name in [engine] if engine else [one for one in engines() if engine_format(one) == contents.format]:
         found: dict[tuple[str, str, str | None], list[str]] = {}
         for module in modules:
             layer, where = known.get(module.prefix), f"{module.prefix}."
             width = layer.width if layer is not None else None
             shape = layer.form if layer is not None else None
-            why = obstacle(name, module.kind, where, shape, width)
+            why = obstacle(name, module.kind, where, shape, width, "bias" in module.parts)
             label = str(shape) if shape is not None and module.kind == shape.kind else module.kind
             found.setdefault((label, layer_class(where), why), []).append(module.prefix)
         entries += [

@@ -16,10 +16,13 @@ from slim_core.checkpoint.stacked import with_experts_apart
 from slim_core.errors import InvalidModelError, SlimError
 from slim_core.evaluation.verify.comparison import Bounds
 from slim_core.evaluation.verify.findings import CACHE, FLOAT, Contents, Findings, as_object
+from slim_core.evaluation.verify.scaled import scaled_linears
+from slim_core.model.inputs import mul_scale_of
 from slim_core.recipe import NameFilter
-from slim_core.savers.loaders import MAIN_ENGINE, lost_biases
+from slim_core.savers.loaders import MINDIE, lost_biases, reads_floats
 
-__all__ = ["check_added_biases", "check_coverage", "compare_with", "open_original", "spec_of_run"]
+__all__ = ["check_added_biases", "check_coverage", "compare_with", "open_original", "recipe_of_run"]
+__all__ += ["spec_of_run"]
 
 # Processors that leave every weight as it was before it is quantized.
 _PLAIN_PROCESSORS = frozenset(
@@ -56,9 +59,12 @@ def open_original(folder: Path, names: Collection[str] = ()) -> TensorSource:
     return with_experts_apart(source if block is None else Fp8BlockSource(source, block), names, config)
 
 
-def compare_with(original: TensorSource, spec: dict[str, Any] | None, findings: Findings) -> Bounds | None:
+def compare_with(
+    original: TensorSource, spec: dict[str, Any] | None, contents: Contents, findings: Findings
+) -> Bounds | None:
     """What the values may be held against; None (with a warning) if the recipe changed the float weights first. If it
-    changed those of decoder layers only, the others still are.
+    changed those of decoder layers only, the others still are. Where engines take float tensors from the original, no
+    recipe may change one.
 
     The recipe tells which method each weight went through. Without it the weights are compared, but an element that is
     off by more than rounding is only worth a warning: the method may have meant it.
@@ -70,6 +76,11 @@ def compare_with(original: TensorSource, spec: dict[str, Any] | None, findings: 
         return Bounds(original, lambda _: _UNKNOWN)
     processors = list(_processors(spec))
     changing = sorted({str(p.get("type")) for p in processors} - _PLAIN_PROCESSORS)
+    if changing and not reads_floats(contents.main_engine):
+        findings.warn(
+            "original", f"quantized weights were not compared: the recipe changes them first ({', '.join(changing)})"
+        )
+        return Bounds(original, lambda _: _UNKNOWN, within_layers=False, same_floats=True)
     if changing and _SMOOTHERS.issuperset(changing):
         findings.warn(
             "original",
@@ -86,14 +97,22 @@ def compare_with(original: TensorSource, spec: dict[str, Any] | None, findings: 
 
 
 def spec_of_run(folder: Path) -> dict[str, Any] | None:
-    """``spec`` of the recipe that the run left in its folder, None if there is none."""
-    for path in sorted(folder.glob("*_best_practice.yaml")):
+    """``spec`` of the recipe that the run left; None if there is none."""
+    return as_object((recipe_of_run(folder) or {}).get("spec"))
+
+
+def recipe_of_run(folder: Path) -> dict[str, Any] | None:
+    """The recipe that the run left in its folder, or in the one above it, if this is that of one of several
+    transformers; None if there is none.
+    """
+    recipes = [sorted(place.glob("*_best_practice.yaml")) for place in (folder, folder.resolve().parent)]
+    for path in recipes[0] or recipes[1]:
         try:
             recipe = yaml.safe_load(path.read_text("utf-8"))
         except (OSError, ValueError, yaml.YAMLError):
             continue
-        if spec := as_object((as_object(recipe) or {}).get("spec")):
-            return spec
+        if (found := as_object(recipe)) is not None and as_object(found.get("spec")):
+            return found
     return None
 
 
@@ -165,6 +184,7 @@ def check_coverage(
     )
     explained = {f"{prefix}.bias" for prefix in given} if shifted else set[str]()
     explained |= {name for name in contents.placed if _is_of_rotation(name, original, spec)}
+    explained |= {mul_scale_of(linear) for linear in scaled_linears(contents)}
     quantized = {module.prefix for module in contents.modules() if module.kind != FLOAT}
     for name in original:
         if name not in contents.placed:
@@ -178,7 +198,7 @@ def check_coverage(
             continue
         elif not _is_tied_head(name, contents) and not _is_cache(name, contents):
             findings.warn(name, "is not in the original")
-    for file in sorted(_TOKENIZERS):
+    for file in sorted(_TOKENIZERS) if contents.format != MINDIE else ():  # a transformer of a diffusion model has none
         if (folder / file).exists() and not (contents.folder / file).exists():
             findings.problem(file, "the original has this tokenizer file, it is missing here")
 
@@ -202,8 +222,8 @@ def check_added_biases(contents: Contents, stored: TensorSource, original: Tenso
     for kind, names in lost_biases(linears).items():
         findings.warn(
             f"{names[0]}.bias",
-            f"{MAIN_ENGINE} drops it, because the model's class has no bias and a {kind} layer no quant_bias to hold "
-            f"it ({len(names)} such); only what is static W8A8 should follow a shifted norm",
+            f"{contents.main_engine} drops it, because the model's class has no bias and a {kind} layer no quant_bias "
+            f"to hold it ({len(names)} such); only what is static W8A8 should follow a shifted norm",
         )
 
 

@@ -16,6 +16,7 @@ from slim_core.evaluation.verify.decoding import Decoder
 from slim_core.evaluation.verify.findings import Contents, Findings, Layer, form
 from slim_core.evaluation.verify.rows import all_finite, row_blocks
 from slim_core.quantization.kinds import LayerKind
+from slim_core.savers.loaders import MINDIE
 
 __all__ = ["check_fused_inputs", "check_quantized", "check_untouched", "is_shifted"]
 
@@ -138,9 +139,11 @@ def _check_input(prefix: str, part: Mapping[str, Tensor], contents: Contents, fi
     _positive(f"{prefix}.input_scale", scale, findings)
     if not (offset == round(offset) if offset == offset and abs(offset) < 1e9 else False) or not -128 <= offset <= 127:
         findings.problem(f"{prefix}.input_offset", f"is {offset}, expected an integer in -128..127")
-    dtype = contents.dtype
+    # MindIE-SD computes in bfloat16, if it is not told otherwise.
+    mindie = contents.format == MINDIE
+    dtype = torch.bfloat16 if mindie else contents.dtype
     if dtype is not None and float(scale) != float(scale.to(dtype)):
-        findings.problem(
+        (findings.warn if mindie else findings.problem)(
             f"{prefix}.input_scale",
             f"is {float(scale)!r}, expected a value that {form(dtype)} can hold, as engines store it",
         )
@@ -222,14 +225,25 @@ def _check_bias(prefix: str, bias: Tensor, original: TensorSource, findings: Fin
 
 
 def check_fused_inputs(parent: str, leaves: list[str], source: TensorSource, findings: Findings) -> None:
-    """Check that static linears which engines fuse see their common input through one scale and one offset."""
+    """Check that static linears which engines fuse see their common input through one scale and one offset.
+
+    The queries of a cross-attention read other states than its keys and values, and are not fused with them. A name
+    does not tell such an attention, so where keys and values agree, queries that do not are only warned of.
+    """
     for suffix in ("input_scale", "input_offset"):
         names = [f"{parent}.{leaf}.{suffix}" for leaf in leaves]
         if any(name not in source for name in names):
             continue
-        first = source.load(names[0])
-        for name in names[1:]:
-            value = source.load(name)
+        first, *others = (source.load(name) for name in names)
+        if len(others) > 1 and all(torch.equal(others[0], other) for other in others):
+            if not torch.equal(first, others[0]):
+                findings.warn(
+                    names[0],
+                    f"is {float(first)}, and {float(others[0])} in {' and '.join(leaves[1:])}: right for a "
+                    "cross-attention alone; engines fuse them in any other",
+                )
+            continue
+        for name, value in zip(names[1:], others, strict=True):
             if not torch.equal(first, value):
                 findings.problem(
                     name, f"is {float(value)}, expected {float(first)} as in {names[0]}, because engines fuse them"

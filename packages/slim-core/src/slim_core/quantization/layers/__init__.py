@@ -7,6 +7,7 @@ Each class is the immutable result of quantizing one linear. It computes what th
 from slim_core.quantization.layers.base import QuantizedLinear, SimulatedLinear
 from slim_core.quantization.layers.floating import Fp8Dynamic, MxDynamic
 from slim_core.quantization.layers.integer import DynamicInt, MixedInt8, StaticInt8, WeightOnlyInt
+from slim_core.quantization.layers.scaled import ScaledInput
 from slim_core.quantization.layers.sparse import SparseFloat
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "MixedInt8",
     "MxDynamic",
     "QuantizedLinear",
+    "ScaledInput",
     "SimulatedLinear",
     "SparseFloat",
     "StaticInt8",

@@ -1,0 +1,141 @@
+"""Planning and running of ``multimodal_sd_modelslim_v1``: from a request to a finished folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from functools import cached_property, partial
+from pathlib import Path
+
+from slim_core.checkpoint.staging import Staging, check_target
+from slim_core.job import Job
+from slim_core.progress import Progress
+from slim_core.recipe import Recipe, dump_recipe
+from slim_core.runners.plan import Plan
+from slim_core.runners.run import RunResult
+from slim_core.service import QuantRequest
+from slim_sd.calibration import Calibration, expert_name
+from slim_sd.loading import open_transformer
+from slim_sd.recipe import SpecSd
+from slim_sd.resources import KEPT_FILES
+from slim_sd.samples import CapturedSamples
+
+__all__ = ["DiffusionRun"]
+
+
+class DiffusionRun:
+    """The run that a request and its recipe ask for: one job for each transformer of the model.
+
+    That of a model with one transformer is written to ``save_path`` itself; of several, each to a folder in it.
+
+    Raises:
+        SchemaValidateError: the recipe is invalid.
+    """
+
+    def __init__(self, request: QuantRequest, recipe: Recipe) -> None:
+        self._request = request
+        self._recipe = recipe
+        self._spec = recipe.spec(SpecSd)
+        self._calibration = Calibration(request, recipe, self._spec)
+
+    @cached_property
+    def _names(self) -> list[str]:
+        return self._calibration.components
+
+    def plan(self) -> Plan:
+        """The plan for the first transformer, with those for the others; nothing is captured for it."""
+        jobs = {name: self._job(name, self._request) for name in self._names}
+        first, *others = self._plans(jobs)
+        first.others = others
+        return first
+
+    def _plans(self, jobs: dict[str, Job]) -> list[Plan]:
+        for name, job in jobs.items():
+            job.plan.part = expert_name(name) if len(jobs) > 1 else ""
+        return [job.plan for job in jobs.values()]
+
+    def _job(self, component: str, request: QuantRequest, finish: Callable[[Path], None] | None = None) -> Job:
+        names = self._spec.multimodal_sd_config.tensor_names
+
+        def remarks(plan: Plan) -> list[str]:
+            devices = plan.devices
+            count, first = len(devices.indices), f"{devices.kind}:{devices.indices[0]}"
+            several = [f"--device: {count} devices given, only the first, {first}, is used"] if count > 1 else []
+            unused = [] if plan.needs_data else self._calibration.remarks_without_data(component)
+            return [*self._recipe.placed(self._spec.warnings()), *several, *unused]
+
+        return Job(
+            request,
+            self._recipe,
+            self._spec,
+            partial(open_transformer, self._request.model_path, component, names),
+            partial(CapturedSamples, self._calibration, component),
+            remarks,
+            keeps=KEPT_FILES,
+            spills=True,
+            finish=finish,
+        )
+
+    def run(self, progress: Progress, on_plan: Callable[[Plan], None] | None = None) -> RunResult:
+        """Carry out the recipe; ``on_plan`` is shown the plan before anything is captured or written.
+
+        Raises:
+            SlimError: whatever stands in the way; nothing at ``save_path`` has changed then.
+        """
+        if len(self._names) > 1:
+            result = self._run_all(progress, on_plan)
+        else:
+            result = self._job(self._names[0], self._request, self._calibration.keep).run(progress, on_plan)
+        self._calibration.tidy_up()
+        return result
+
+    def _run_all(self, progress: Progress, on_plan: Callable[[Plan], None] | None) -> RunResult:
+        """One transformer after the other, into folders of a folder that takes its place when all are done."""
+        request = self._request
+        check_target(request.save_path, request.model_path, request.overwrite, KEPT_FILES)
+        shown = self.plan()
+        if on_plan is not None:
+            on_plan(shown)
+        for plan in (shown, *shown.others):
+            if plan.refusal is not None:
+                raise plan.refusal
+        identity = json.dumps([dump_recipe(self._recipe, self._spec), str(request.model_path.resolve()), self._names])
+        staging = Staging(request.save_path, identity, resume=request.resume)
+        results: list[RunResult] = []
+        try:
+            for component in self._names:
+                name = expert_name(component)
+                if name in staging.finished:
+                    continue
+                begun = (staging.folder / f".{name}.slim-partial").exists()
+                inner = request.model_copy(
+                    update={"save_path": staging.folder / name, "resume": request.resume and begun, "overwrite": True}
+                )
+                results.append(self._job(component, inner).run(progress))
+                staging.record(name)
+            self._calibration.keep(staging.folder)
+            staging.commit()
+        except BaseException:
+            staging.leave(keep=any(staging.folder.glob(".*.slim-partial")))
+            raise
+        return _together(request.save_path, results)
+
+
+def _together(save_path: Path, results: Sequence[RunResult]) -> RunResult:
+    """What the runs of all transformers did, in one."""
+    return RunResult(
+        save_path,
+        linears=[record for result in results for record in result.linears],
+        attentions=[record for result in results for record in result.attentions],
+        smoothed=[record for result in results for record in result.smoothed],
+        units=[record for result in results for record in result.units],
+        warnings=[text for result in results for text in result.warnings],
+        samples=sum(result.samples for result in results),
+        block_forwards=sum(result.block_forwards for result in results),
+        resumed_units=sum(result.resumed_units for result in results),
+        seconds=sum(result.seconds for result in results),
+        base_bytes=min((result.base_bytes for result in results), default=0),
+        peak_bytes=max((result.peak_bytes for result in results), default=0),
+        bytes_in=sum(result.bytes_in for result in results),
+        bytes_out=sum(result.bytes_out for result in results),
+    )
