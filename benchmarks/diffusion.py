@@ -26,8 +26,8 @@ from slim_core.checkpoint.writer import ShardedWriter, lay_out
 ROOT = Path(__file__).parents[1]
 PRACTICE = ROOT / "lab_practice" / "wan2_1" / "wan2_1_w8a8_dynamic.yaml"
 MIB = 2**20
-SHAPES = {"14b": (5120, 13824, 40, 40), "1.3b": (1536, 8960, 12, 8)}  # width, FFN, heads, blocks
-CALLS, LATENT = 12, (16, 9, 60, 104)  # 14 040 tokens
+SHAPES = {"14b": (5120, 13824, 40, 40), "1.3b": (1536, 8960, 12, 4)}  # width, FFN, heads, blocks
+CALLS, LATENT = 12, (16, 9, 30, 52)  # 3510 tokens
 
 _WORKER = """
 import json, os, sys, time
@@ -93,7 +93,8 @@ from slim_sd.recipe import SpecSd
 from slim_sd.sampling import Sampler
 folder, rounds = Path(sys.argv[1]), int(sys.argv[3])
 settings = {"prompt": "a red fox", "size": "256*256", "frame_num": 17, "sample_steps": 4}
-recipe = recipe_from_dict({"apiversion": "multimodal_sd_modelslim_v1", "spec": {"multimodal_sd_config": {"model_config": settings}}})
+spec = {"multimodal_sd_config": {"model_config": settings}}
+recipe = recipe_from_dict({"apiversion": "multimodal_sd_modelslim_v1", "spec": spec})
 generation = planned_generation(folder, recipe, recipe.spec(SpecSd))
 plain, captured = [], []
 with Sampler(folder, generation, torch.device("cpu")) as sampler:
@@ -196,8 +197,9 @@ def calibrated(folder: Path) -> None:
     tokens = LATENT[1] * LATENT[2] * LATENT[3] // 4
     state = tokens * SHAPES["1.3b"][0] * 2
     print(
-        f"peak beyond the process {cost.growth:.0f} MiB, predicted {cost.predicted:.0f}; 2 x {told['unit'] / MIB:.0f} MiB "
-        f"of the largest block; {CALLS} calls of {tokens} tokens, of which each state takes {state / MIB:.0f} MiB and "
+        f"peak beyond the process {cost.growth:.0f} MiB, predicted {cost.predicted:.0f}; "
+        f"2 x {told['unit'] / MIB:.0f} MiB of the largest block; "
+        f"{CALLS} calls of {tokens} tokens, of which each state takes {state / MIB:.0f} MiB and "
         f"all that wait {told['activations'] / MIB:.0f} MiB"
     )
 

@@ -52,3 +52,9 @@ def pipeline_folder(tmp_path_factory: pytest.TempPathFactory, tiny_pipelines: Mo
         return made[key]
 
     return folder
+
+
+@pytest.fixture
+def no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing takes longer than all the rest."""
+    monkeypatch.setattr("slim_core.evaluation.report.write.draw_plots", lambda data: {})

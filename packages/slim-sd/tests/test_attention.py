@@ -541,6 +541,8 @@ def test_rotations_that_make_no_sense_are_refused(pipeline_folder: PipelineFolde
         plan_of(model, LINEAR, ROTATION, save=[{"type": "ascendv1_saver"}])
     with pytest.raises(UnsupportedError, match="no name for attention in mxfp8"):
         plan_of(model, LINEAR, KERNEL | {"qconfig": {"dtype": "mxfp8"}}, save=[{"type": "ascendv1_saver"}])
+    with pytest.raises(UnsupportedError, match=r"cannot become C8: it keeps no keys and values .*use fa3_quant"):
+        plan_of(model, LINEAR, {"type": "dynamic_cache"}, save=[{"type": "ascendv1_saver"}])
     none = plan_of(model, LINEAR, ROTATION | {"include": ["*.cross_attn.*"]})
     assert any("spec.process[1] rotates no attention" in text for text in none.warnings)
     assert any("'*.cross_attn.*' matches no attention" in text for text in none.warnings)

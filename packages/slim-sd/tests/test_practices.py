@@ -157,7 +157,7 @@ class Original(nn.Module):
         renamed = {name: names({key: torch.zeros(())}) for key, name in modules.items()}
         self.found = {next(iter(new)).removesuffix(".weight"): name for name, new in renamed.items()}
 
-    def named_modules(self, *_args: Any, **_options: Any) -> Iterator[tuple[str, nn.Module]]:
+    def named_modules(self, *_args: Any, **_options: Any) -> Any:
         yield from ((new, self.inner.get_submodule(name)) for new, name in self.found.items())
 
     def get_submodule(self, target: str) -> nn.Module:
@@ -406,7 +406,7 @@ def test_every_pattern_of_a_practice_is_used_on_published_names() -> None:
 def test_nine_linears_of_each_block_in_both_layouts(
     layers: int, pipeline_folder: PipelineFolder, tmp_path: Path
 ) -> None:
-    """What the guide's practice makes of Wan2.1: ffn.2 is kept whatever the layout calls it, and all bytes are alike."""
+    """What the guide's practice makes of Wan2.1: ffn.2 is kept whatever the layout calls it; all bytes are equal."""
     path = LAB / "wan2_1" / "wan2_1_w8a8_dynamic.yaml"
     for layout in ("diffusers", "original"):
         model = pipeline_folder("wan2_1_t2v", layout=layout, num_layers=layers)
@@ -432,3 +432,10 @@ def test_nine_linears_of_each_block_in_both_layouts(
         assert (tensors[f"{prefix}.bias"].dtype, described[f"{prefix}.bias"]) == (torch.float32, "FLOAT")
     assert described["blocks.0.ffn.2.weight"] == "FLOAT"
     assert tensors["blocks.0.ffn.2.weight"].dtype == torch.float32
+
+
+def test_the_table_in_the_documentation() -> None:
+    text = (ROOT / "docs" / "diffusion.md").read_text("utf-8")
+    rows = re.findall(r"^\| `(\w+)` \| [^|]+ \| (`\w+_w\da\d[^|]+) \| [^|]+ \|$", text, re.M)
+    listed = {family: set(re.findall(r"`(\w+)`", practices)) for family, practices in rows}
+    assert listed == {family: {path.stem for path in OWN if path.parent.name == family} for family in CHOSEN}

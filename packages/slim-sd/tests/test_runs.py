@@ -42,12 +42,6 @@ def _small(monkeypatch: pytest.MonkeyPatch, tiny_pipelines: ModuleType, no_plots
 
 
 @pytest.fixture
-def no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Drawing takes longer than all the rest."""
-    monkeypatch.setattr("slim_core.evaluation.report.write.draw_plots", lambda data: {})
-
-
-@pytest.fixture
 def picture(tmp_path: Path, tiny_pipelines: ModuleType) -> Path:
     path = tmp_path / "picture.png"
     tiny_pipelines.parts.picture(64, 64).save(path)

@@ -1,36 +1,54 @@
-"""The service of a package that cannot quantize yet says so, and gets in nobody's way."""
+"""The service as others find it: by its apiversion, by a model's name or folder, without loading torch."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
-import pytest
-
-from slim_core.errors import UnsupportedError
-from slim_core.progress import SilentProgress
-from slim_core.service import EvalRequest, QuantRequest, find_service
+from slim_core.service import find_service
+from slim_sd.recipe import SpecSd
+from slim_sd.resources import PRACTICE_FOLDER
 from slim_sd.service import DiffusionService
 
-REQUEST = QuantRequest(model_path=Path("model"), save_path=Path("out"), model_type="any")
+PipelineFolder = Callable[..., Path]
 
 
 def test_it_is_found_by_its_apiversion() -> None:
-    assert isinstance(find_service("multimodal_sd_modelslim_v1"), DiffusionService)
+    service = find_service("multimodal_sd_modelslim_v1")
+    assert isinstance(service, DiffusionService)
+    assert service.spec_type() is SpecSd
 
 
-def test_it_claims_no_model_and_brings_no_practice() -> None:
+def test_it_brings_practices_and_knows_names() -> None:
     service = DiffusionService()
-    assert not service.handles(Path("model"))
+    assert service.practice_folders() == [PRACTICE_FOLDER]
+    assert (PRACTICE_FOLDER / "wan2_1" / "wan2_1_w8a8_dynamic.yaml").is_file()
+    assert service.pedigree("Wan2.1") == "wan2_1"
+    assert service.pedigree("wan2.1") is None
     assert service.pedigree("Qwen3-8B") is None
-    assert service.practice_folders() == []
 
 
-def test_every_request_is_refused_with_the_package_to_upgrade() -> None:
+def test_it_handles_diffusion_models_in_both_layouts(pipeline_folder: PipelineFolder, tmp_path: Path) -> None:
     service = DiffusionService()
-    for ask in (
-        lambda: service.plan(REQUEST, None),
-        lambda: service.quantize(REQUEST, None, SilentProgress()),
-        lambda: service.evaluate(EvalRequest(model_path=Path("model")), SilentProgress()),
+    for model in (
+        pipeline_folder("flux"),
+        pipeline_folder("wan2_1_t2v", layout="original"),
+        pipeline_folder("wan2_2_t2v", layout="original"),
     ):
-        with pytest.raises(UnsupportedError, match=r"cannot quantize diffusion transformers yet.*upgrade slim-sd"):
-            ask()
+        assert service.handles(model)
+        assert not service.handles(model, images=True)
+    assert not service.handles(pipeline_folder("flux") / "transformer")
+    assert not service.handles(tmp_path)
+    assert not service.handles(tmp_path / "nothing")
+
+
+def test_torch_is_loaded_when_work_begins() -> None:
+    code = (
+        "import sys; from slim_sd.service import DiffusionService; from slim_sd import __main__;"
+        "DiffusionService().pedigree('Wan2.1');"
+        "print(sorted({'torch', 'diffusers', 'transformers', 'PIL'} & set(sys.modules)))"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    assert found.stdout.strip() == "[]"

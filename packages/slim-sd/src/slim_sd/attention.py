@@ -199,9 +199,9 @@ def _describe(name: str, prefix: str, module: nn.Module, also: tuple[str, ...]) 
         dim = query.out_features // heads
     if heads is None or dim is None:
         problem = f"{type(module).__name__} does not say how many heads it has, or how large they are"
-        return AttentionInfo(name, prefix, 0, 0, 0, 0, problem=problem, also_called=also)
+        return AttentionInfo(name, prefix, 0, 0, 0, 0, problem=problem, also_called=also, cached=False)
     kv_heads = heads if key is None else key.out_features // dim
-    return AttentionInfo(name, prefix, heads, kv_heads, dim, dim, also_called=also)
+    return AttentionInfo(name, prefix, heads, kv_heads, dim, dim, also_called=also, cached=False)
 
 
 def _positive(module: nn.Module, *names: str) -> int | None:

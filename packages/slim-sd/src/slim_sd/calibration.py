@@ -170,10 +170,15 @@ class Calibration:
         with suppress(OSError):
             self.waiting_folder.rmdir()
 
-    def remarks_without_data(self, component: str) -> list[str]:
-        """What a user may wonder about whose recipe needs no data."""
+    def remarks(self, component: str, *, needed: bool) -> list[str]:
+        """What a plan should say of the captured calls of a transformer."""
         path = self._find(component)
-        return [] if path is None else [f"no calibration data is needed: {path} is not read"]
+        if not needed:
+            return [] if path is None else [f"no calibration inputs are needed: {path} is not read"]
+        if path is not None or not self._spec.multimodal_sd_config.dump_config.enable_dump:
+            return []
+        name = records_file(self._folders[0], self._expert(component))
+        return [f"{name} is not there: the pipeline is run once, unquantized, to capture it"]
 
     def keep(self, folder: Path) -> None:
         """Put the files that belong with the output into its folder, before it takes its place."""

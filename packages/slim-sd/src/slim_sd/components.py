@@ -52,9 +52,9 @@ def load_component(path: Path, library: str, name: str, dtype: torch.dtype | Non
         loader: Any = kind
         if not issubclass(kind, transformers.ProcessorMixin):
             made = loader.from_pretrained(str(path), local_files_only=True)
-        if issubclass(kind, transformers.PreTrainedTokenizerBase) and _knows_nothing(made):
-            raise ValueError("it makes the same of every text")
-        return made
+            if issubclass(kind, transformers.PreTrainedTokenizerBase) and _knows_nothing(made):
+                raise ValueError("it makes the same of every text")
+            return made
         if not _takes_videos():
             return _processor_of_pictures(loader, path)
         return loader.from_pretrained(str(path), **_ALONE)

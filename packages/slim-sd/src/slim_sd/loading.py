@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,7 +23,7 @@ from slim_sd.attention import Attentions
 from slim_sd.folders import layout_of, transformer_folders
 from slim_sd.wan_names import diffusers_name, original_name
 
-__all__ = ["Names", "is_wan", "open_transformer", "open_written"]
+__all__ = ["Names", "is_wan", "open_tensors", "open_transformer", "open_written"]
 
 Names = Literal["original", "diffusers"]
 """Which names the output has: those of the original project, if it has any of its own, or those of diffusers."""
@@ -65,26 +65,12 @@ def open_transformer(
             configuration does not make a model, or the folder holds a quantized checkpoint.
     """
     place = transformer_folders(folder)[component]
-    if found := sorted(place.glob("quant_model_description*.json")):
-        raise UnsupportedError(
-            "this folder holds a quantized checkpoint", where=str(found[0]), remedy="start from the original"
-        )
-    checkpoint = Checkpoint(place)
-    original = layout_of(folder) == "original"
-    config = wan_files.transformer_config(place, checkpoint) if original else _read_config(place)
-    if config.get("quantization_config"):
-        raise UnsupportedError(
-            "the source is already quantized", where=str(place / "config.json"), remedy="start from the original"
-        )
-    source: TensorSource = checkpoint
+    checkpoint, config = _open_files(folder, place)
+    source = _named(checkpoint, config, names, original=layout_of(folder) == "original")
     dtype = dtype or _main_dtype(checkpoint)
     module = _skeleton(config, dtype, place)
     renamed = is_wan(config) and names == "original"
     other_name = original_name if is_wan(config) else None
-    if renamed and not original:
-        source = RenamedSource(checkpoint, {original_name(name): name for name in checkpoint})
-    if original and not renamed:
-        source = RenamedSource(checkpoint, {diffusers_name(name): name for name in checkpoint})
     lists = _block_lists(module)
     _check_counts(source, module, lists, place)
     return StreamedModel(
@@ -123,6 +109,51 @@ def open_written(original: StreamedModel, source: TensorSource, folder: Path, sk
         other_name=original.other_name,
     )
     return rotate_queries_and_keys(model, stored_rotations(attention.attentions, source))
+
+
+def open_tensors(folder: Path, component: str, names: Collection[str]) -> TensorSource:
+    """The tensors of a transformer as they are stored.
+
+    Args:
+        names: of those that were written for it; of the two sets of names that Wan has, the source has that of which
+            there are more.
+
+    Raises:
+        SlimError: as :func:`open_transformer`.
+    """
+    checkpoint, config = _open_files(folder, transformer_folders(folder)[component])
+    original = layout_of(folder) == "original"
+    kinds: tuple[Names, ...] = ("original", "diffusers") if is_wan(config) else ("diffusers",)
+    sources = [_named(checkpoint, config, kind, original=original) for kind in kinds]
+    return max(sources, key=lambda source: sum(name in source for name in names))
+
+
+def _open_files(folder: Path, place: Path) -> tuple[Checkpoint, dict[str, Any]]:
+    """The weights of a float transformer and its configuration, as diffusers has it."""
+    if found := sorted(place.glob("quant_model_description*.json")):
+        raise UnsupportedError(
+            "this folder holds a quantized checkpoint", where=str(found[0]), remedy="start from the original"
+        )
+    checkpoint = Checkpoint(place)
+    original = layout_of(folder) == "original"
+    config = wan_files.transformer_config(place, checkpoint) if original else _read_config(place)
+    if config.get("quantization_config"):
+        raise UnsupportedError(
+            "the source is already quantized", where=str(place / "config.json"), remedy="start from the original"
+        )
+    return checkpoint, config
+
+
+def _named(checkpoint: Checkpoint, config: Mapping[str, Any], names: Names, *, original: bool) -> TensorSource:
+    """The tensors under the names that are wanted.
+
+    Args:
+        original: whether they are stored under those of the original project.
+    """
+    if not is_wan(config) or original == (names == "original"):
+        return checkpoint
+    other = diffusers_name if original else original_name
+    return RenamedSource(checkpoint, {other(name): name for name in checkpoint})
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

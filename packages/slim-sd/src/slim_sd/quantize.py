@@ -9,6 +9,7 @@ from pathlib import Path
 
 from slim_core.checkpoint.staging import Staging, check_target
 from slim_core.job import Job
+from slim_core.logging import get_logger
 from slim_core.progress import Progress
 from slim_core.recipe import Recipe, dump_recipe
 from slim_core.runners.plan import Plan
@@ -21,6 +22,8 @@ from slim_sd.resources import KEPT_FILES
 from slim_sd.samples import CapturedSamples
 
 __all__ = ["DiffusionRun"]
+
+_logger = get_logger(__name__)
 
 
 class DiffusionRun:
@@ -61,8 +64,8 @@ class DiffusionRun:
             devices = plan.devices
             count, first = len(devices.indices), f"{devices.kind}:{devices.indices[0]}"
             several = [f"--device: {count} devices given, only the first, {first}, is used"] if count > 1 else []
-            unused = [] if plan.needs_data else self._calibration.remarks_without_data(component)
-            return [*self._recipe.placed(self._spec.warnings()), *several, *unused]
+            source = self._calibration.remarks(component, needed=plan.needs_data)
+            return [*self._recipe.placed(self._spec.warnings()), *several, *source]
 
         return Job(
             request,
@@ -82,20 +85,25 @@ class DiffusionRun:
         Raises:
             SlimError: whatever stands in the way; nothing at ``save_path`` has changed then.
         """
+        def told(plan: Plan) -> None:
+            if not any(one.needs_data for one in (plan, *plan.others)):
+                _logger.info("no processor of this recipe needs calibration inputs: the pipeline is not run")
+            if on_plan is not None:
+                on_plan(plan)
+
         if len(self._names) > 1:
-            result = self._run_all(progress, on_plan)
+            result = self._run_all(progress, told)
         else:
-            result = self._job(self._names[0], self._request, self._calibration.keep).run(progress, on_plan)
+            result = self._job(self._names[0], self._request, self._calibration.keep).run(progress, told)
         self._calibration.tidy_up()
         return result
 
-    def _run_all(self, progress: Progress, on_plan: Callable[[Plan], None] | None) -> RunResult:
+    def _run_all(self, progress: Progress, on_plan: Callable[[Plan], None]) -> RunResult:
         """One transformer after the other, into folders of a folder that takes its place when all are done."""
         request = self._request
         check_target(request.save_path, request.model_path, request.overwrite, KEPT_FILES)
         shown = self.plan()
-        if on_plan is not None:
-            on_plan(shown)
+        on_plan(shown)
         for plan in (shown, *shown.others):
             if plan.refusal is not None:
                 raise plan.refusal

@@ -136,6 +136,7 @@ class BlockForwards:
             output = self._forward.compute(call)
         if self._spill is not None:
             self._spill.hold([call.args, call.kwargs])
+            give_back_freed_memory()  # samples that wait on disk are large, and so is what a block makes of one
         return output
 
     def _index(self, sample: int, stream: int) -> int:
@@ -300,8 +301,19 @@ def _tokens_at_hand(call: BlockCall) -> int:
 
 
 def hidden_states(output: Any) -> Tensor:
-    """The hidden states of a block's output, which is a tensor or a tuple that begins with them."""
-    return output if isinstance(output, Tensor) else output[0]
+    """The hidden states of a block's output: a tensor, or the first of a tuple.
+
+    Where a block carries several streams, as those of a diffusion transformer do with picture and text, they are of
+    one width, and their tokens come one after the other, ``(tokens, width)``. What else a block may return, such as
+    weights of attentions, has other dimensions.
+    """
+    if isinstance(output, Tensor):
+        return output
+    tensors = [part for part in output if isinstance(part, Tensor) and part.is_floating_point()]
+    first = tensors[0]
+    form = first.dim(), first.shape[0], first.shape[-1]
+    streams = [tensor for tensor in tensors if (tensor.dim(), tensor.shape[0], tensor.shape[-1]) == form]
+    return first if len(streams) == 1 else torch.cat([stream.flatten(0, -2) for stream in streams])
 
 
 def _what_counts(output: Any) -> Tensor:
