@@ -125,7 +125,8 @@ def _by_transformers(outcome: Outcome, folder: Path) -> Any:
     try:
         _build(outcome.model_type, folder)
         outcome.step = "load"
-        model, report = AutoModelForImageTextToText.from_pretrained(
+        auto: Any = AutoModelForImageTextToText
+        model, report = auto.from_pretrained(
             folder, local_files_only=True, dtype="auto", experts_implementation="eager", output_loading_info=True
         )
         if report["missing_keys"]:

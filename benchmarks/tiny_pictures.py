@@ -375,7 +375,7 @@ def _write_processor(model_type: str, config: Any, folder: Path) -> Any:
         raise ValueError("transformers has no processor for it")
     listed = IMAGE_PROCESSOR_MAPPING_NAMES[_IMAGE_PROCESSORS.get(model_type, model_type)]
     wanted = "torchvision" if transformers.utils.is_torchvision_available() else "pil"
-    name = listed.get(wanted) or next(iter(listed.values()))
+    name = str(listed.get(wanted) or next(iter(listed.values())))
     hints = IMAGES.get(model_type, {})
     settings: dict[str, Any] = {}
     try:

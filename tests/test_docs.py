@@ -40,6 +40,8 @@ from slim_core.recipe.schema import Label
 from slim_core.savers.ascendv1_folder import AscendV1Folder
 from slim_core.savers.loaders import engine_format, engines
 from slim_core.service import EvalRequest, Migrator, QuantRequest, find_service
+from slim_sd.recipe import DumpConfig, SdConfig
+from slim_sd.settings import GeneralSettings, WanSettings, field_names
 from slim_vlm.recipe import SpecVlm
 
 ROOT = Path(__file__).parents[1]
@@ -162,7 +164,7 @@ def refusal(path: Path) -> str:
     return "no error"
 
 
-@pytest.mark.parametrize(("page", "least"), [("docs/recipes.md", 5), ("docs/migrating.md", 1)])
+@pytest.mark.parametrize(("page", "least"), [("docs/recipes.md", 5), ("docs/migrating.md", 1), ("docs/diffusion.md", 1)])
 def test_error_examples_are_what_slim_says(
     page: str, least: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -243,7 +245,7 @@ PYTHON_PAGES = [
     "README.md",
     "docs/recipes.md",
     "docs/calibration.md",
-    *(f"packages/{name}/README.md" for name in ("slim-core", "slim-llm", "slim-vlm")),
+    *(f"packages/{name}/README.md" for name in ("slim-core", "slim-llm", "slim-vlm", "slim-sd")),
 ]
 
 
@@ -260,6 +262,19 @@ def test_the_recipe_for_pictures_is_shown_as_it_is() -> None:
     recipe = read("examples/vlm-w8a8.yaml")
     for page in ("docs/recipes.md", "packages/slim-vlm/README.md"):
         assert recipe in blocks(page, "yaml")
+
+
+def test_the_recipe_for_diffusion_models_is_shown_as_it_is() -> None:
+    recipe = read("examples/sd-w8a8.yaml")
+    for page in ("docs/diffusion.md", "packages/slim-sd/README.md"):
+        assert recipe in blocks(page, "yaml")
+
+
+def test_every_field_for_diffusion_models_is_described() -> None:
+    names = {field.alias or name for model in (DumpConfig, SdConfig) for name, field in model.model_fields.items()}
+    assert {"model_config", "inference_config", "time_steps"} <= names
+    words = set(re.findall(r"\w+", " ".join(re.findall(r"`[^`\n]+`", prose("docs/diffusion.md")))))
+    assert names | field_names(WanSettings).keys() | field_names(GeneralSettings).keys() <= words
 
 
 def test_the_command_line_page_shows_the_help() -> None:

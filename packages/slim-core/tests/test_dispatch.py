@@ -277,8 +277,8 @@ def test_nothing_is_loaded_that_takes_long() -> None:
 def test_the_service_that_made_a_folder_opens_its_original(tmp_path: Path, install: Install) -> None:
     from slim_core.evaluation.verify import open_original
 
-    def renaming(_self: Any, folder: Path, names: Any) -> str:
-        return f"{folder.name}: {', '.join(names)}"
+    def renaming(_self: Any, folder: Path, names: Any, part: str) -> str:
+        return f"{folder.name}, {part}: {', '.join(names)}"
 
     install(modelslim_v1=service(), with_names_of_its_own=service(open_original=renaming))
     assert original_opener(tmp_path) is open_original  # no recipe
@@ -292,4 +292,4 @@ def test_the_service_that_made_a_folder_opens_its_original(tmp_path: Path, insta
     above.write_text(yaml.safe_dump({"apiversion": "with_names_of_its_own", "spec": {"process": []}}))
     (above.parent / "transformer").mkdir()
     opener: Any = original_opener(above.parent / "transformer")
-    assert opener(tmp_path / "model", ["a", "b"]) == "model: a, b"
+    assert opener(tmp_path / "model", ["a", "b"], "transformer") == "model, transformer: a, b"

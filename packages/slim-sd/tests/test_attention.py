@@ -35,9 +35,7 @@ SELF = {  # by the model: the attentions that count, and what they are called in
     "flux": {f"{kind}transformer_blocks.{i}.attn": "" for kind in ("", "single_") for i in range(2)},
     "hunyuan_video": {f"{kind}transformer_blocks.{i}.attn": "" for kind in ("", "single_") for i in range(2)},
     "qwen_image": {f"transformer_blocks.{i}.attn": f"transformer_blocks.{i}" for i in range(2)},
-    "sd3": {
-        name: "" for name in ("transformer_blocks.0.attn", "transformer_blocks.0.attn2", "transformer_blocks.1.attn")
-    },
+    "sd3": dict.fromkeys(("transformer_blocks.0.attn", "transformer_blocks.0.attn2", "transformer_blocks.1.attn"), ""),
 }
 RUN = ("wan2_1_t2v", "wan2_2_ti2v", "flux", "hunyuan_video", "qwen_image", "sd3")
 HEADS, DIM = 4, 16
@@ -287,9 +285,9 @@ def test_an_error_inside_an_attention_comes_out_as_it_is(pipeline_folder: Pipeli
 
     assert model.attention is not None
     with whole(model) as module:
-        with pytest.raises(ZeroDivisionError, match="inside"):
-            with model.attention.tapped({"transformer_blocks.1.attn": fail}):
-                module(**call)
+        failing = model.attention.tapped({"transformer_blocks.1.attn": fail})
+        with pytest.raises(ZeroDivisionError, match="inside"), failing:
+            module(**call)
         seen: list[Any] = []
         with model.attention.tapped({"transformer_blocks.1.attn": lambda *states: seen.append(states)}):
             module(**call)
@@ -333,7 +331,7 @@ def scale_of(values: list[Tensor], share: float = 1.0) -> Tensor:
 
 @pytest.mark.parametrize("name", RUN)
 def test_static_scales_are_those_of_all_calls(name: str, pipeline_folder: PipelineFolder, tmp_path: Path) -> None:
-    """Also where text and pictures are joined inside of a block, so that attentions see more tokens than it is given."""
+    """Also where text and pictures are joined inside of a block, so that attentions see more tokens than come in."""
     model = opened(pipeline_folder(name))
     calls = calls_of(model, 3)
     expected = states_of(model, calls)

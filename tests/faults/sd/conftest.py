@@ -116,7 +116,9 @@ def with_pipelines(base: Any, tiny_folder: Any) -> Any:
 
         def need_no_data(self) -> None:
             """Let the recipe quantize dynamically."""
-            self.edit("scope: per_tensor, dtype: int8, symmetric: false", "scope: per_token, dtype: int8, symmetric: true")
+            self.edit(
+                "scope: per_tensor, dtype: int8, symmetric: false", "scope: per_token, dtype: int8, symmetric: true"
+            )
 
         def dump_elsewhere(self) -> Path:
             """Keep captured inputs in a folder of their own; gives the file."""

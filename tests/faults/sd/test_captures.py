@@ -72,7 +72,7 @@ FILES: dict[str, tuple[Callable[[Path], None], str, str, str]] = {
         ANEW,
     ),
     "a command in a bare pickle": (bare([[Command()]]), SECURITY, "a bare pickle, which can run code", ANEW),
-    "an archive that is a bomb": (bomb, DATASET, "is compressed", ANEW),
+    "an archive that is a bomb": (bomb, DATASET, "entries are compressed", ANEW),
     "an empty file": (raw(b""), DATASET, "is damaged or was not written by torch.save", ANEW),
     "a text": (raw(b"no tensors"), DATASET, "is damaged or was not written by torch.save", ANEW),
     "a dict": (saved({"a": torch.ones(2)}), DATASET, "it holds dict where a list of records belongs", ANEW),
@@ -351,6 +351,7 @@ def test_places(workplace, refused, fault, kind, what, where, remedy) -> None:
 def test_one_capture_of_two_is_not_enough(workplace) -> None:
     """Of two experts both are captured, even if the file of one is there."""
     workplace.become("wan2_2_t2v")
+    workplace.say(sample_steps=3)
     assert workplace.run().exit_code == 0
     low, high = (workplace.save / f"calib_data_{name}_noise_model.pth" for name in ("low", "high"))
     before = low.read_bytes(), high.read_bytes()
@@ -359,6 +360,13 @@ def test_one_capture_of_two_is_not_enough(workplace) -> None:
     assert found.exit_code == 0, found.output
     assert "capturing calibration inputs" in found.stderr
     assert (low.read_bytes(), high.read_bytes()) == before
+
+
+def test_an_expert_that_no_step_reaches(workplace, refused) -> None:
+    workplace.become("wan2_2_t2v")
+    workplace.fill_save()
+    what = "the pipeline never called this transformer"
+    refused(DATASET, what, "WanTransformer3DModel", "raise sample_steps", "--overwrite")
 
 
 def test_nothing_is_broken_to_begin_with(workplace) -> None:

@@ -75,7 +75,13 @@ def become_output(w) -> None:
 
 
 MODELS = {
-    "no folder": (pointed_at("nothing"), MODEL, "does not exist or is not a folder", "{folder}/nothing", "--model_path"),
+    "no folder": (
+        pointed_at("nothing"),
+        MODEL,
+        "does not exist or is not a folder",
+        "{folder}/nothing",
+        "--model_path",
+    ),
     "empty folder": (
         lambda w: (shutil.rmtree(w.model), w.model.mkdir()),
         MODEL,

@@ -25,9 +25,9 @@ def verify(
 
     Structure, dtypes, shapes, scales, and whether the engines' loaders have a class for every layer.
     """
-    from slim_core.dispatch import original_opener
+    from slim_core.dispatch import original_opener, original_parts
     from slim_core.evaluation.verify import verify_folder
 
-    verification = verify_folder(folder, model, engine, original_opener(folder))
+    verification = verify_folder(folder, model, engine, original_opener(folder), original_parts(folder))
     say(verification.text())
     return EXIT_PROBLEMS if verification.problems else 0

@@ -15,9 +15,10 @@ from slim_core.recipe import Recipe, load_recipe
 from slim_core.service import AskUser, QuantRequest, Service, find_service, installed_services, load_service
 
 if TYPE_CHECKING:
-    from slim_core.evaluation.verify import Opener
+    from slim_core.evaluation.verify import Opener, Parts
 
-__all__ = ["choose_recipe", "match_practice", "open_library", "original_opener", "service_for"]
+__all__ = ["choose_recipe", "match_practice", "open_library", "original_opener", "original_parts"]
+__all__ += ["service_for"]
 
 _logger = get_logger(__name__)
 
@@ -109,13 +110,27 @@ def original_opener(quantized: Path) -> Opener:
     That is up to the service of the recipe that the run left in the folder, if it has an ``open_original`` because its
     models have a layout of their own.
     """
-    from slim_core.evaluation.verify import open_original, recipe_of_run
+    from slim_core.evaluation.verify import open_original
 
-    apiversion = (recipe_of_run(quantized) or {}).get("apiversion")
+    return getattr(_service_of_run(quantized), "open_original", open_original)
+
+
+def original_parts(quantized: Path) -> Parts:
+    """What tells the names of the folders that the original of a quantized folder is quantized into; it is the method
+    ``parts`` of the same service."""
+    return getattr(_service_of_run(quantized), "parts", lambda _folder: ())
+
+
+def _service_of_run(quantized: Path) -> Service | None:
+    """The service of the recipe that a run left in its folder, or in those of several transformers; None if there is no
+    such recipe or service."""
+    from slim_core.evaluation.verify import recipe_of_run
+    from slim_core.savers.mindie_folder import quantized_parts
+
+    recipes = (recipe_of_run(folder) for folder in (quantized, *quantized_parts(quantized)))
+    apiversion = next(filter(None, recipes), {}).get("apiversion")
     points = installed_services()
-    if apiversion not in points:
-        return open_original
-    return getattr(load_service(points[apiversion]), "open_original", open_original)
+    return load_service(points[apiversion]) if apiversion in points else None
 
 
 def choose_recipe(request: QuantRequest, ask: AskUser) -> tuple[Recipe, Service]:

@@ -118,8 +118,10 @@ class Service(Protocol):
 
     A service whose runs take files of ``save_path`` over into their output has their patterns as an attribute
     ``keeps``; a folder that holds nothing else counts as empty. One whose models have a layout of their own has a
-    method ``open_original(folder, names)``: from the folder of a model, and the names of the tensors of the quantized
-    one, to a ``TensorSource`` that has the model's tensors under such names; ``slim verify`` compares with those.
+    method ``open_original(folder, names, part)``: from the folder of a model, the names of the tensors of the quantized
+    one, and what that folder is called, to a ``TensorSource`` that has the model's tensors under such names; ``slim
+    verify`` compares with those. If a model may be quantized into several folders, a method ``parts(folder)`` gives
+    their names, none for a model that is not.
     """
 
     apiversion: str

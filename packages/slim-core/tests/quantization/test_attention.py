@@ -126,7 +126,7 @@ def naive_micro(values: Any, dtype: str) -> Any:
         block = values[start : start + 32]
         step = 2.0 ** (np.floor(np.log2(np.float64(np.abs(block).max()))) - largest)
         found += [nearest(v / step, grid, even=even) * step for v in block]
-    return np.float32(found)
+    return np.array(found, np.float32)
 
 
 @pytest.mark.parametrize("dtype", ["mxfp4", "mxfp8"])
@@ -247,7 +247,7 @@ def test_forms_in_words() -> None:
     assert str(mixed) == "C8 k int8 per_channel asymmetric, v int8 per_channel"
     assert str(AttentionForm(AttentionKind.FAQUANT, DYNAMIC[0], None, None)) == "FAQuant int8 per_token (q)"
     assert every.needs_data
-    assert not AttentionForm(AttentionKind.FAQUANT, *DYNAMIC).needs_data
+    assert not AttentionForm(AttentionKind.FAQUANT, *DYNAMIC[:3]).needs_data
     assert (CHANNEL.rows(3, 4), HEAD.rows(3, 4)) == (12, 3)
 
 
@@ -258,6 +258,10 @@ def test_what_an_attention_cannot_become() -> None:
     hidden = AttentionInfo("a", "a", 4, 2, 8, 8, sees_query=False)
     for form, info in ((cache, plain), (kernel, plain), (kernel, latent), (cache, hidden)):
         check_attention(form, info)
+    forgetful = AttentionInfo("a", "a", 4, 4, 8, 8, cached=False)
+    check_attention(kernel, forgetful)
+    with pytest.raises(UnsupportedError, match=r"a: cannot become C8: it keeps no keys and values.*use fa3_quant"):
+        check_attention(cache, forgetful)
     with pytest.raises(UnsupportedError, match=r"a: cannot become C8: .*latent.*use fa3_quant"):
         check_attention(cache, latent)
     with pytest.raises(UnsupportedError, match="cannot become FAQuant: its query cannot be reached"):

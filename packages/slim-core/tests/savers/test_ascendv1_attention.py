@@ -81,7 +81,10 @@ def test_every_quant_type_is_read_back(states: tuple[StateForm | None, ...]) -> 
 
 @pytest.mark.parametrize(
     "text",
-    ["", "FLOAT", "INT4", "Q_INT8_Q_FP8", "INT8_V_FP8", "QQ_INT8", "P_INT8", "MXFP4", "MXFP8", "QK_INT8_", "int8", "INT8X"],
+    [
+        *("", "FLOAT", "INT4", "Q_INT8_Q_FP8", "INT8_V_FP8", "QQ_INT8", "P_INT8", "MXFP4", "MXFP8", "QK_INT8_"),
+        *("int8", "INT8X"),
+    ],
 )
 def test_what_is_no_quant_type(text: str) -> None:
     assert parse_quant_type(text) is None

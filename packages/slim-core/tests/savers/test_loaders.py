@@ -238,3 +238,25 @@ def test_mindie_sd_asks_for_biases_and_even_blocks() -> None:
 def test_mindie_sd_puts_layers_in_place_one_by_one() -> None:
     assert [engine for engine in engines() if not fuses(engine)] == ["mindie-sd"]
     assert [engine for engine in engines() if not reads_floats(engine)] == ["mindie-sd"]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "scope", "plain", "rotated"),
+    [
+        ("int8", "per_head", "", "does not rotate query and key of FAKQuant attention"),
+        ("fp8_e4m3", "per_token", "loads FP8_DYNAMIC attention only with rotations of query and key", ""),
+        ("mxfp8", "per_block", "loads MXFP8_DYNAMIC attention only with rotations of query and key", ""),
+        ("mxfp4", "per_block", "", ""),
+        ("int8", "per_token", "has no class for standard attention", "has no class for standard attention"),
+    ],
+)
+def test_mindie_sd_rotates_for_some_attentions(dtype: str, scope: str, plain: str, rotated: str) -> None:
+    form = AttentionForm(AttentionKind.FAQUANT, *[StateForm(dtype, scope)] * 3)
+    for text, is_rotated in ((plain, False), (rotated, True)):
+        info = AttentionInfo("l.0.attn", "l.0.attn", 4, 4, 16, 16, rotated=is_rotated)
+        found = no_engine({LINEAR: LayerKind.FLOAT}, {}, {}, {info: form}, format="mindie")
+        assert (found is None) == (not text)
+        assert text in (found or "")
+        warnings = unloadable_attentions({info: form}, "mindie-sd")
+        assert len(warnings) == bool(text)
+        assert all(warning.startswith(f"mindie-sd {text}") for warning in warnings)

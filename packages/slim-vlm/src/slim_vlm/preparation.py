@@ -108,6 +108,8 @@ class Preparation:
             raise
         except Exception as error:  # templates and processors raise whatever they like
             raise _RefusalError(f"the model's processor raises {type(error).__name__}: {error}") from error
+        if "input_ids" not in made:  # as an encoder-decoder for documents has it
+            raise _RefusalError(f"the model's processor makes no input_ids of a prompt, but only {', '.join(made)}")
         check_token_ids(self._model, [made])
         if not any(name.startswith(_PIXELS) for name in made):
             raise _RefusalError(f"the model's processor makes no pixels of the picture, but only {', '.join(made)}")

@@ -41,7 +41,8 @@ class Part:
         """These rows as the model has them."""
         if not self.heads:
             return stored
-        pairs = stored.unflatten(0, (self.heads, 2, -1) if self.back else (self.heads, -1, 2))
+        halves = (2, -1) if self.back else (-1, 2)
+        pairs = stored.reshape(self.heads, *halves, *stored.shape[1:])
         return pairs.transpose(1, 2).reshape(stored.shape)
 
 

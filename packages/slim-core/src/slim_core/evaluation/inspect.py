@@ -11,7 +11,7 @@ from slim_core.checkpoint.header import DTYPE_NAMES, StoredTensor
 from slim_core.checkpoint.reader import Checkpoint
 from slim_core.model.inputs import MUL_SCALE
 from slim_core.savers.base import INNER
-from slim_core.savers.mindie_folder import is_quantized, open_quantized
+from slim_core.savers.mindie_folder import is_quantized, open_quantized, quantized_parts
 from slim_core.sizes import human_size
 
 __all__ = ["Inspection", "Tally", "inspect_folder"]
@@ -94,11 +94,14 @@ class Inspection:
 
 
 def inspect_folder(path: Path) -> Inspection:
-    """Look into a quantized folder or a plain model folder.
+    """Look into a quantized folder, one that holds a quantized folder for each of several transformers, or a plain
+    model folder.
 
     Raises:
         InvalidModelError: there are no weights, or description, index or a header cannot be read.
     """
+    if parts := quantized_parts(path):
+        return _together(path, {part.name: inspect_folder(part) for part in parts})
     form = "float"
     if is_quantized(path):
         folder = open_quantized(path)
@@ -120,13 +123,43 @@ def inspect_folder(path: Path) -> Inspection:
         path=path,
         format=form,
         model_quant_type=quant_type,
-        files={str(f.relative_to(path)): f.stat().st_size for f in sorted(path.rglob("*")) if f.is_file()},
+        files=_files(path),
         shards=dict(sorted(_tally((tensor.file.name, tensor) for tensor in stored).items())),
         types=_tally((labels[tensor.name], tensor) for tensor in stored),
         leaves=_leaves(stored, labels),
         float_linears=floats,
         global_keys=keys,
     )
+
+
+def _files(path: Path) -> dict[str, int]:
+    return {str(file.relative_to(path)): file.stat().st_size for file in sorted(path.rglob("*")) if file.is_file()}
+
+
+def _together(path: Path, parts: Mapping[str, Inspection]) -> Inspection:
+    """All folders in one; names of files, linears and keys have that of their folder ahead."""
+    every = list(parts.values())
+    types = {part.model_quant_type for part in every if part.model_quant_type is not None}
+    return Inspection(
+        path=path,
+        format=", ".join(sorted({part.format for part in every})),
+        model_quant_type=", ".join(sorted(types)),
+        files=_files(path),
+        shards={f"{name}/{file}": tally for name, part in parts.items() for file, tally in part.shards.items()},
+        types=_sums(part.types for part in every),
+        leaves=_sums(part.leaves for part in every),
+        float_linears=[f"{name}/{linear}" for name, part in parts.items() for linear in part.float_linears],
+        global_keys={f"{name}/{key}": value for name, part in parts.items() for key, value in part.global_keys.items()},
+    )
+
+
+def _sums(tallies: Iterable[Mapping[_Key, Tally]]) -> dict[_Key, Tally]:
+    sums: dict[_Key, Tally] = {}
+    for tally in tallies:
+        for key, one in tally.items():
+            had = sums.get(key, Tally(0, 0, 0))
+            sums[key] = Tally(had.tensors + one.tensors, had.modules + one.modules, had.nbytes + one.nbytes)
+    return sums
 
 
 def _leaves(stored: Sequence[StoredTensor], labels: Mapping[str, str]) -> dict[tuple[str, str], Tally]:

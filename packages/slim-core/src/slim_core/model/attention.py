@@ -41,6 +41,7 @@ class AttentionInfo:
         shared: whether later layers attend to its keys and values too, with queries of their own.
         rotated: whether query and key are rotated by one matrix that is written for engines, before they are seen.
         also_called: further names that recipes may use for it.
+        cached: whether engines keep its keys and values for the tokens that follow.
     """
 
     name: str
@@ -55,6 +56,7 @@ class AttentionInfo:
     shared: bool = False
     rotated: bool = False
     also_called: tuple[str, ...] = ()
+    cached: bool = True
 
 
 class AttentionAccess(Protocol):
@@ -62,7 +64,7 @@ class AttentionAccess(Protocol):
 
     @property
     def attentions(self) -> Sequence[AttentionInfo]:
-        """Those that keep keys and values of past tokens; linear attention is none of them."""
+        """Those that compare queries with keys; linear attention is none of them."""
         ...
 
     def tapped(self, taps: Mapping[str, Tap]) -> AbstractContextManager[None]:

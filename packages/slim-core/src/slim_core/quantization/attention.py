@@ -100,6 +100,8 @@ def check_attention(form: AttentionForm, info: AttentionInfo) -> None:
         UnsupportedError: its states cannot be reached, or engines keep no cache of keys and values for it.
     """
     reason = info.problem
+    if not reason and not info.cached and form.kind is AttentionKind.C8:
+        reason = "it keeps no keys and values for tokens that follow"
     if not reason and info.latent and form.kind is AttentionKind.C8:
         reason = (
             "it caches a compressed latent instead of keys and values, and engines read no scales per channel for it"
@@ -110,6 +112,8 @@ def check_attention(form: AttentionForm, info: AttentionInfo) -> None:
         remedy = "exclude this attention"
         if info.latent and not info.problem:
             remedy = "use fa3_quant, which quantizes the latent, or exclude this attention"
+        elif not info.cached and not info.problem and form.kind is AttentionKind.C8:
+            remedy = "use fa3_quant"
         raise UnsupportedError(f"cannot become {form.kind}: {reason}", where=info.name, remedy=remedy)
 
 

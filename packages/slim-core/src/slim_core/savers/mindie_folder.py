@@ -10,7 +10,7 @@ from slim_core.savers.loaders import MINDIE
 from slim_core.savers.mindie_layout import DESCRIPTION_STEM, INDEX_FILE, WEIGHT_STEM, description_file
 from slim_core.savers.quantized_folder import QuantizedFolder
 
-__all__ = ["MindieFolder", "descriptions", "is_mindie", "is_quantized", "open_quantized"]
+__all__ = ["MindieFolder", "descriptions", "is_mindie", "is_quantized", "open_quantized", "quantized_parts"]
 
 
 class MindieFolder(QuantizedFolder):
@@ -43,6 +43,15 @@ def descriptions(folder: Path) -> list[Path]:
 def is_quantized(folder: Path) -> bool:
     """Whether a folder holds a description of quantized weights, in any format."""
     return bool(descriptions(folder))
+
+
+def quantized_parts(folder: Path) -> list[Path]:
+    """The quantized folders in one that is none itself: one for each transformer of a model that has several."""
+    if not folder.is_dir() or is_quantized(folder):
+        return []
+    return sorted(
+        part for part in folder.iterdir() if part.is_dir() and not part.name.startswith(".") and is_quantized(part)
+    )
 
 
 def is_mindie(folder: Path) -> bool:

@@ -215,7 +215,7 @@ def test_what_engines_load(draft: Any, tmp_path: Path) -> None:
     (entry,) = [entry for entry in found.loadable if entry.engine == "vllm-ascend" and entry.place == "attention"]
     assert (entry.kind, entry.count, entry.loadable) == ("FAKQuant", 2, False)
     assert not any(entry.engine == "mindie-sd" for entry in found.loadable)
-    assert any("has no class for FAKQuant attention layers" in warning for warning in found.warnings)
+    assert any("has no class for standard attention that is FAKQuant" in warning for warning in found.warnings)
     for layer in range(2):
         draft.add_float(f"{ATTENTION.format(layer)}.kv_b_proj.weight", torch.zeros(4, 4, dtype=torch.bfloat16))
         for state in ("fa_k", "fa_v"):
@@ -227,4 +227,4 @@ def test_what_engines_load(draft: Any, tmp_path: Path) -> None:
     assert [entry.loadable for entry in found.loadable if entry.place == "attention"] == [True]
     with_cache(draft)
     found = verify_folder(draft.write(tmp_path / "both"), engine="vllm-ascend-310p")
-    assert any("vllm-ascend-310p has no class for C8 attention" in problem for problem in found.problems)
+    assert any("vllm-ascend-310p has no class for latent attention that is C8" in problem for problem in found.problems)

@@ -96,6 +96,8 @@ def test_queries_of_a_cross_attention_may_see_another_input(
         kinds.put(draft, "W8A8S", kinds.matrix(), f"{attention}.{leaf}")
     name = f"{attention}.q_proj.{part}"
     draft.tensors[name] = draft.tensors[name] / 2 if part == "input_scale" else draft.tensors[name] + 1
+    for folder in ("queries", "values"):
+        (tmp_path / folder).mkdir()
     found = kinds.verified(draft, tmp_path / "queries")
     assert not any("engines fuse" in text for text in found.problems)
     assert [text for text in found.warnings if text.startswith(name)]

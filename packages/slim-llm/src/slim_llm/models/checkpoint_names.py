@@ -5,7 +5,7 @@ while it loads, as the tensors of single experts, or as parts of stacks of them.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -134,13 +134,11 @@ def locate(module: nn.Module, source: TensorSource, where: str) -> Location:
             )
     _refuse_mixtures(found.values(), where)
     joined: dict[str, tuple[str | Part, ...]] = {
-        name: _all_parts(name, [parts.get(i, "") for i in range(max(parts) + 1)], where)
-        for name, parts in parts_of.items()
+        name: _all_parts(name, parts, where) for name, parts in parts_of.items()
     }
-    for name in (*joined, *cuts):
-        keep_float(module.get_submodule(name.rpartition(".")[0]))
-    names |= {name: f"{name}{_ARRANGED}" for name in cuts if name in source}
-    joined |= {names.get(name, name): (part,) for name, part in cuts.items()}
+    _keep_float(module, (*joined, *cuts))
+    names |= {name: _seen_as(name, source) for name in cuts}
+    joined |= {names[name]: (part,) for name, part in cuts.items()}
     slices: dict[str, Slice] = {}
     used = {stored.name for part in found.values() for stored in part.stacked}
     for path, _ in experts_apart(module):
@@ -155,7 +153,18 @@ def locate(module: nn.Module, source: TensorSource, where: str) -> Location:
     return (JoinedSource(source, joined) if joined else source), names, joined
 
 
-def _all_parts(name: str, parts: Sequence[str], where: str) -> tuple[str, ...]:
+def _keep_float(module: nn.Module, parameters: Iterable[str]) -> None:
+    for name in parameters:
+        keep_float(module.get_submodule(name.rpartition(".")[0]))
+
+
+def _seen_as(name: str, source: TensorSource) -> str:
+    """What a parameter goes by that the source has in another arrangement."""
+    return f"{name}{_ARRANGED}" if name in source else name
+
+
+def _all_parts(name: str, at: Mapping[int, str], where: str) -> tuple[str, ...]:
+    parts = [at.get(i, "") for i in range(max(at) + 1)]
     if not all(parts):
         raise InvalidModelError(
             f"{parts.count('')} of the {len(parts)} tensors that make {name!r} are not in the checkpoint; there is "

@@ -1,6 +1,6 @@
 """``slim verify``: an independent check of a quantized folder."""
 
-from slim_core.evaluation.verify.folder import Opener, Verification, verify_folder
+from slim_core.evaluation.verify.folder import Opener, Parts, Verification, verify_folder
 from slim_core.evaluation.verify.original import open_original, recipe_of_run
 
-__all__ = ["Opener", "Verification", "open_original", "recipe_of_run", "verify_folder"]
+__all__ = ["Opener", "Parts", "Verification", "open_original", "recipe_of_run", "verify_folder"]

@@ -15,7 +15,7 @@ from slim_core.quantization.attention import AttentionForm
 from slim_core.rotation.attention import KEY_ROTATION, QUERY_ROTATION
 from slim_core.savers.ascendv1_attention import FA_KEY, QUANT_TYPE, engine_class, parse_quant_type
 from slim_core.savers.ascendv1_layout import form_of
-from slim_core.savers.loaders import engine_format, engines, loads_attention
+from slim_core.savers.loaders import attention_obstacle, engine_format, engines
 
 __all__ = ["check_attention_values", "check_attentions", "loadable_attentions"]
 
@@ -160,7 +160,8 @@ def _heads(contents: Contents, attention: _Attention, state: str) -> int | None:
 def check_attention_values(contents: Contents, stored: TensorSource, findings: Findings) -> int:
     """Check every scale and offset; the number of tensors that were read."""
     shifted: list[str] = []
-    checked = _check_rotations(contents, stored, findings)
+    _check_rotations(contents, stored, findings)
+    checked = 0
     for attention in _attentions(contents).values():
         for part in sorted(attention.parts):
             name = f"{attention.prefix}.{part}"
@@ -184,7 +185,7 @@ def check_attention_values(contents: Contents, stored: TensorSource, findings: F
     return checked
 
 
-def _check_rotations(contents: Contents, stored: TensorSource, findings: Findings) -> int:
+def _check_rotations(contents: Contents, stored: TensorSource, findings: Findings) -> None:
     """Check that scores stay what they are under the matrices that query and key are multiplied by."""
     prefixes = {name.rpartition(".")[0] for name in contents.placed if name.rpartition(".")[2] in _ROTATIONS}
     for prefix in sorted(prefixes):
@@ -197,7 +198,6 @@ def _check_rotations(contents: Contents, stored: TensorSource, findings: Finding
             findings.problem(names[0], f"is {list(query.shape)} beside {list(key.shape)}, expected two equal squares")
         elif not bool(((query @ key.T - torch.eye(len(query))).abs() <= _ROUNDING).all()):
             findings.problem(names[0], "times the transposed k_rot is not one, so that scores change")
-    return 2 * len(prefixes)
 
 
 def _is_code(value: torch.Tensor) -> bool:
@@ -218,5 +218,5 @@ def loadable_attentions(contents: Contents, engine: str | None) -> Iterator[Load
             found.setdefault((engine_class(layout), latent, rotated), []).append(attention.prefix)
     for name in [engine] if engine else [one for one in engines() if engine_format(one) == contents.format]:
         for facts, prefixes in sorted(found.items()):
-            loadable, kind = loads_attention(name, *facts), facts[0]
-            yield Loadable(name, kind, "attention", len(prefixes), loadable, prefixes[0])
+            why = attention_obstacle(name, *facts)
+            yield Loadable(name, facts[0], "attention", len(prefixes), why is None, prefixes[0], why or "")

@@ -47,12 +47,15 @@ class Bounds:
         method: the weight method that the recipe names for a linear; ``unknown`` without a recipe.
         within_layers: whether that goes for decoder layers too; not if the recipe reshapes them first.
         same_floats: whether float tensors must be those of the original wherever they are.
+        smoothed: what smoothing the recipe asks for: it may have moved scales from a linear into the next one, and
+            biases with them, where no input is scaled; empty if there is none.
     """
 
     source: TensorSource
     method: Callable[[str], str]
     within_layers: bool = True
     same_floats: bool = False
+    smoothed: str = ""
 
     def holds(self, name: str) -> bool:
         """Whether a float tensor must be as it is in the original."""

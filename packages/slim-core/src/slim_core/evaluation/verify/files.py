@@ -177,9 +177,9 @@ def read_config(folder: Path, findings: Findings) -> dict[str, Any]:
     return config
 
 
-def check_modes(folder: Path, findings: Findings) -> None:
-    """Nobody but the owner may write to a file, and others not read it."""
-    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+def check_modes(folder: Path, findings: Findings, *, inside: bool = True) -> None:
+    """Nobody but the owner may write to a file, and others not read it; also of files in folders ``inside``."""
+    files = [path for path in sorted(folder.rglob("*") if inside else folder.iterdir()) if path.is_file()]
     wide = [path for path in files if stat.S_IMODE(path.stat().st_mode) & ~_WIDEST_MODE]
     if wide:
         mode = stat.S_IMODE(wide[0].stat().st_mode)

@@ -39,6 +39,12 @@ class Findings:
     warnings: list[str] = field(default_factory=list[str])
     notes: list[str] = field(default_factory=list[str])
 
+    def add(self, other: Findings) -> None:
+        """Take over what was noted elsewhere."""
+        self.problems += other.problems
+        self.warnings += other.warnings
+        self.notes += other.notes
+
     def problem(self, where: str, text: str) -> None:
         self.problems.append(f"{where}: {text}")
 

@@ -6,7 +6,7 @@ The one thing shared with the saver is the table of parameters per type, which *
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from slim_core.checkpoint.source import TensorSource
 from slim_core.errors import InvalidModelError, SchemaValidateError, SlimError
 from slim_core.evaluation.verify.attention import check_attention_values, check_attentions, loadable_attentions
 from slim_core.evaluation.verify.comparison import Bounds, WeightPass
+from slim_core.evaluation.verify.files import check_modes
 from slim_core.evaluation.verify.findings import FLOAT, Contents, Findings, Layer
 from slim_core.evaluation.verify.layers import (
     Loadable,
@@ -37,12 +38,18 @@ from slim_core.evaluation.verify.scaled import behind_scales, check_input_scales
 from slim_core.evaluation.verify.structure import read_contents
 from slim_core.evaluation.verify.values import check_fused_inputs, check_quantized, check_untouched, is_shifted
 from slim_core.quantization.kinds import LayerKind
+from slim_core.savers.base import INNER
 from slim_core.savers.loaders import engine_format, engines, refused_together
+from slim_core.savers.mindie_folder import quantized_parts
 
-__all__ = ["Opener", "Verification", "verify_folder"]
+__all__ = ["Opener", "Parts", "Verification", "verify_folder"]
 
-Opener = Callable[[Path, Collection[str]], TensorSource]
-"""From the folder of a model, and the names of the tensors of the quantized one, to its tensors under such names."""
+Opener = Callable[[Path, Collection[str], str], TensorSource]
+"""From the folder of a model, the names of the tensors of the quantized one, and what that folder is called, which tells
+one of several transformers, to its tensors under such names."""
+
+Parts = Callable[[Path], Collection[str]]
+"""From the folder of a model to the names of the folders that it is quantized into; empty if that is just one."""
 
 _SHOWN = 50
 
@@ -96,16 +103,26 @@ class Verification:
         return "\n".join(lines)
 
 
+def _in_one(_folder: Path) -> Collection[str]:
+    return ()
+
+
 def verify_folder(
-    path: Path, original: Path | None = None, engine: str | None = None, opener: Opener = open_original
+    path: Path,
+    original: Path | None = None,
+    engine: str | None = None,
+    opener: Opener = open_original,
+    parts: Parts = _in_one,
 ) -> Verification:
-    """Check a folder that ``slim quant`` or the reference tool wrote.
+    """Check a folder that ``slim quant`` or the reference tool wrote; of one that holds a folder for each of several
+    transformers, all of these.
 
     Args:
         path: the quantized checkpoint.
         original: the float model it was made from; its tensors are then compared one by one.
         engine: what this engine cannot load is a problem; without it, a warning for the main engine of the format.
         opener: opens the original, where that has a layout of its own.
+        parts: tells what folders the original is quantized into.
 
     Raises:
         InvalidModelError: ``path`` is no folder, or the original cannot be read.
@@ -117,9 +134,58 @@ def verify_folder(
         raise SchemaValidateError(
             f"unknown engine {engine!r}", where="--engine", remedy=f"use one of {', '.join(engines())}"
         )
+    found = quantized_parts(path)
+    if not found:
+        return _verify(path, original, engine, opener)
+    wanted = () if original is None else parts(original)
+    if original is not None and not wanted:
+        raise InvalidModelError(
+            f"this is one model, but {path} holds {', '.join(part.name for part in found)}",
+            where=str(original),
+            remedy="give the model that these were made from, or verify one of the folders",
+        )
+    findings = Findings()
+    check_modes(path, findings, inside=False)
+    for name in sorted(set(wanted) - {part.name for part in found}):
+        findings.problem(name, "the folder is missing, though the original has this transformer")
+    verified: dict[str, Verification] = {}
+    for part in found:
+        if original is not None and part.name not in wanted:
+            findings.problem(part.name, "the original has no such transformer")
+        else:
+            verified[part.name] = _verify(part, original, engine, opener)
+    return _together(path, findings, verified)
+
+
+def _together(path: Path, findings: Findings, verified: Mapping[str, Verification]) -> Verification:
+    """What was found in all folders, each finding with that of its folder ahead."""
+    result = Verification(path, findings.problems)
+    for name, part in verified.items():
+        for mine, theirs in (
+            (result.problems, part.problems),
+            (result.warnings, part.warnings),
+            (result.notes, part.notes),
+        ):
+            mine += [text if text.startswith(str(part.path)) else f"{name}/{text}" for text in theirs]
+        result.checked += part.checked
+    result.compared = bool(verified) and all(part.compared for part in verified.values())
+    entries: dict[tuple[str, str, str, bool, str], Loadable] = {}
+    for name, part in verified.items():
+        for entry in part.loadable:
+            key = entry.engine, entry.kind, entry.place, entry.loadable, entry.why
+            first = entries.get(key)
+            count = entry.count + (first.count if first is not None else 0)
+            entries[key] = replace(first or replace(entry, example=f"{name}/{entry.example}"), count=count)
+    result.loadable = list(entries.values())
+    return result
+
+
+def _verify(path: Path, original: Path | None, engine: str | None, opener: Opener) -> Verification:
     findings = Findings()
     contents = read_contents(path, findings)
-    source = None if original is None else behind_scales(opener(original, contents.placed), contents)
+    source = None
+    if original is not None:
+        source = behind_scales(opener(original, contents.placed, path.resolve().name), contents)
     layers = check_modules(contents, findings)
     check_input_scales(contents, layers, findings)
     if not findings.problems:
@@ -186,10 +252,19 @@ def _check_values(
     of_layers = bounds if bounds is not None and bounds.within_layers else None
     parts = {f"{layer.prefix}.{suffix}" for layer in layers for suffix in layer.module.parts}
     seen: list[tuple[Layer, WeightPass]] = []
+    moved: list[str] = []
     checked = untouched = different = 0
     for name in stored:
         if (layer := quantized.get(name)) is not None:
-            if (found := check_quantized(layer, stored, contents, findings, of_layers)) is not None:
+            apart = of_layers is not None and of_layers.smoothed and not layer.prefix.endswith(INNER)
+            mine = Findings() if apart else findings
+            found = check_quantized(layer, stored, contents, mine, of_layers)
+            if apart and mine.problems:
+                moved.append(layer.prefix)
+                found = check_quantized(layer, stored, contents, findings, None)
+            elif apart:
+                findings.add(mine)
+            if found is not None:
                 seen.append((layer, found))
             checked += len(layer.module.parts)
         elif name not in parts and contents.types.get(name) == FLOAT:
@@ -200,6 +275,12 @@ def _check_values(
     if different > 1 and 2 * different > untouched:
         findings.warn(
             "original", f"{different} of {untouched} float tensors differ; is it the model this was made from?"
+        )
+    if moved and bounds is not None:
+        findings.warn(
+            moved[0],
+            f"is not that of the original, like {len(moved)} linears whose input is not scaled: right if "
+            f"{bounds.smoothed} moved scales from one linear into the next",
         )
     _note_sparsity(seen, findings)
     return checked

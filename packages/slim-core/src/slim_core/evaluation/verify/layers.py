@@ -134,6 +134,8 @@ def _check_quantized(module: Module, kind: LayerKind, contents: Contents, findin
         if (tensor.dtype, tensor.shape) != want:
             why = f" in a {form(contents.dtype)} model" if suffix == "deq_scale" and tensor.shape == part.shape else ""
             findings.problem(tensor.name, f"is {form(tensor.dtype, tensor.shape)}, expected {form(*want)}{why}")
+    if None in stored.values():  # what is described and not there is told of already
+        return None
     return Layer(module, layer, out, width, packed)
 
 

@@ -19,6 +19,7 @@ from slim_core.evaluation.verify.findings import CACHE, FLOAT, Contents, Finding
 from slim_core.evaluation.verify.scaled import scaled_linears
 from slim_core.model.inputs import mul_scale_of
 from slim_core.recipe import NameFilter
+from slim_core.savers.base import INNER
 from slim_core.savers.loaders import MINDIE, lost_biases, reads_floats
 
 __all__ = ["check_added_biases", "check_coverage", "compare_with", "open_original", "recipe_of_run"]
@@ -40,11 +41,12 @@ _TOKENIZERS = frozenset(
 )
 
 
-def open_original(folder: Path, names: Collection[str] = ()) -> TensorSource:
+def open_original(folder: Path, names: Collection[str] = (), part: str = "") -> TensorSource:
     """The tensors of a float model folder, FP8 blocks decoded, stacked experts apart.
 
     Args:
         names: tensors of the quantized folder, which tell what the linears of an expert are called.
+        part: what the quantized folder is called, which does not matter to a model in one folder.
 
     Raises:
         InvalidModelError: the folder holds no readable model.
@@ -76,6 +78,11 @@ def compare_with(
         return Bounds(original, lambda _: _UNKNOWN)
     processors = list(_processors(spec))
     changing = sorted({str(p.get("type")) for p in processors} - _PLAIN_PROCESSORS)
+    rules = [rule for processor in processors for rule in _rules(processor)]
+    if not reads_floats(contents.main_engine) and _SMOOTHERS.issuperset(changing):
+        # Nothing was folded into a norm. Where inputs are scaled, the weights of the original are divided here.
+        method, smoothed = (lambda prefix: _method_of(prefix.removesuffix(INNER), rules)), ", ".join(changing)
+        return Bounds(original, method, same_floats=True, smoothed=smoothed)
     if changing and not reads_floats(contents.main_engine):
         findings.warn(
             "original", f"quantized weights were not compared: the recipe changes them first ({', '.join(changing)})"
@@ -92,7 +99,6 @@ def compare_with(
             "original", f"values were not compared: the recipe changes float weights first ({', '.join(changing)})"
         )
         return None
-    rules = [rule for processor in processors for rule in _rules(processor)]
     return Bounds(original, lambda prefix: _method_of(prefix, rules))
 
 

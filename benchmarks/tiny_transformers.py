@@ -1,0 +1,131 @@
+"""Tiny configurations of the diffusion transformers of diffusers, and a plain call of each that one can make up.
+
+``CONFIGS`` has what a class needs beside ``SMALL``, whose values take the place of every argument of that name.
+``CALLS`` gives the keyword arguments of the forward, made of a configuration and of two functions: ``noise(*shape)``
+and ``time(value)``.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["CALLS", "config_for", "transformer_classes"]
+
+Call = Callable[[Mapping[str, Any], Callable[..., Tensor]], dict[str, Any]]
+TEXT, FRAMES, SIDE = 6, 2, 8
+
+SMALL: dict[str, Any] = {
+    **{"num_layers": 2, "num_single_layers": 2, "num_refiner_layers": 1, "n_layers": 2, "n_refiner_layers": 1},
+    **{"num_mmdit_layers": 2, "num_single_dit_layers": 2, "mmdit_layers": 2, "num_hidden_layers": 2, "depth": 2},
+    **{"num_text_blocks": 1, "num_visual_blocks": 2, "num_text_layers": 2, "num_decoder_layers": 1},
+    **{"num_layerwise_text_blocks": 1, "num_refiner_text_blocks": 1, "approximator_layers": 2},
+    **{"num_attention_heads": 2, "attention_head_dim": 32, "n_heads": 2, "n_kv_heads": 2, "num_heads": 2},
+    **{"num_key_value_heads": 2, "num_kv_heads": 2, "head_dim": 32, "num_cross_attention_heads": 2},
+    **{"cross_attention_head_dim": 32, "hidden_size": 64, "dim": 64, "model_dim": 64, "inner_dim": 64},
+    **{"text_dim": 32, "text_embed_dim": 32, "joint_attention_dim": 32, "pooled_projection_dim": 32},
+    **{"caption_channels": 32, "cross_attention_dim": 64, "caption_projection_dim": 64, "context_in_dim": 32},
+    **{"cap_feat_dim": 32, "text_in_dim": 32, "text_hidden_dim": 32, "in_text_dim": 32, "in_text_dim2": 32},
+    **{"llm_features_dim": 32, "condition_dim": 32, "text_embed_2_dim": 32, "image_embed_dim": 32},
+    **{"ffn_dim": 128, "ffn_hidden_size": 128, "intermediate_size": 128, "ff_dim": 128, "ff_inner_dim": 128},
+    **{"freq_dim": 32, "time_embed_dim": 32, "time_dim": 32, "timestep_embed_dim": 32, "adaln_dim": 32},
+    **{"axes_dims_rope": (8, 12, 12), "rope_axes_dim": (8, 12, 12), "axes_dims": (8, 12, 12)},
+    **{"axes_dim_rope": (8, 12, 12), "rope_dim_list": [8, 12, 12], "rope_dim": (8, 12, 12)},
+    **{"sample_size": 8, "pos_embed_max_size": 8, "rope_max_seq_len": 64, "norm_num_groups": 4},
+}
+
+CONFIGS: dict[str, dict[str, Any]] = {
+    "AceStepTransformer1DModel": {"in_channels": 24, "audio_acoustic_hidden_dim": 8, "encoder_hidden_size": 32},
+    "AllegroTransformer3DModel": {"sample_height": 8, "sample_width": 8, "sample_frames": 2, "attention_head_dim": 36, "cross_attention_dim": 72},
+    "BriaFibo2Transformer2DModel": {"in_channels": 4, "injection_layer_ids": (0, 1), "perceiver_num_layers": 1, "min_num_gist_tokens": 2, "max_num_gist_tokens": 4, "gist_step": 1, "gist_min_text_len": 2, "gist_max_text_len": 8, "axes_lens": (64, 64, 64)},
+    "BriaFiboTransformer2DModel": {"in_channels": 16, "text_encoder_dim": 32, "pooled_projection_dim": None, "joint_attention_dim": 64},
+    "BriaTransformer2DModel": {"in_channels": 16, "pooled_projection_dim": None},
+    "ChromaTransformer2DModel": {"in_channels": 16, "approximator_num_channels": 8, "approximator_hidden_dim": 64},
+    "CogVideoXTransformer3DModel": {"in_channels": 4, "out_channels": 4, "sample_width": 8, "sample_height": 8, "sample_frames": 5, "max_text_seq_length": TEXT},
+    "CogView3PlusTransformer2DModel": {"in_channels": 4, "out_channels": 4},
+    "CogView4Transformer2DModel": {"in_channels": 4, "out_channels": 4, "rope_axes_dim": (8, 8)},
+    "ConsisIDTransformer3DModel": {"in_channels": 4, "out_channels": 4, "sample_width": 8, "sample_height": 8, "sample_frames": 5, "max_text_seq_length": TEXT, "is_train_face": True, "is_kps": False, "cross_attn_interval": 1, "cross_attn_dim_head": 16, "cross_attn_num_heads": 2, "LFE_id_dim": 16, "LFE_vit_dim": 16, "LFE_depth": 5, "LFE_dim_head": 16, "LFE_num_heads": 2, "LFE_num_querie": 4, "LFE_output_dim": 32, "LFE_ff_mult": 1, "LFE_num_scale": 1},
+    "CosmosTransformer3DModel": {"in_channels": 4, "out_channels": 4, "adaln_lora_dim": 8, "max_size": (4, 16, 16)},
+    "DiTTransformer2DModel": {"num_embeds_ada_norm": 10},
+    "DreamLiteTransformer2DModel": {"in_channels": 64, "cross_attention_dim": 32, "num_kv_heads": None, "norm_num_groups": 8},
+    "EasyAnimateTransformer3DModel": {"in_channels": 4, "out_channels": 4, "patch_size": 2, "sample_width": 8, "sample_height": 8},
+    "ErnieImageTransformer2DModel": {"in_channels": 16, "out_channels": 16},
+    "Flux2Transformer2DModel": {"in_channels": 16, "timestep_guidance_channels": 32, "axes_dims_rope": (8, 8, 8, 8)},
+    "Flux3Transformer2DModel": {"in_channels": 16, "cond_in_channels": 16, "timestep_channels": 32, "axes_dims_rope": (8, 8, 8, 8)},
+    "FluxTransformer2DModel": {"in_channels": 16},
+    "GlmImageTransformer2DModel": {"in_channels": 4, "out_channels": 4, "prior_vq_quantizer_codebook_size": 16},
+    "HiDreamImageTransformer2DModel": {"patch_size": 2, "in_channels": 4, "caption_channels": [32, 32], "text_emb_dim": 32, "axes_dims_rope": (16, 16), "max_resolution": (8, 8), "llama_layers": [0, 1, 2, 3]},
+    "HunyuanImageTransformer2DModel": {"in_channels": 4, "out_channels": 4, "rope_axes_dim": (16, 16)},
+    "HunyuanVideo15Transformer3DModel": {"in_channels": 9, "out_channels": 4, "target_size": 16},
+    "HunyuanVideoFramepackTransformer3DModel": {"in_channels": 4, "out_channels": 4, "has_image_proj": True, "image_proj_dim": 32, "has_clean_x_embedder": True},
+    "HunyuanVideoTransformer3DModel": {"in_channels": 4, "out_channels": 4},
+    "Ideogram4Transformer2DModel": {"in_channels": 16, "mrope_section": (6, 5, 5)},
+    "Kandinsky6SRTransformer3DModel": {"in_visual_dim": 4, "out_visual_dim": 8},
+    "Kandinsky6Transformer3DModel": {"in_visual_dim": 4, "out_visual_dim": 4, "in_audio_dim": 4, "out_audio_dim": 4},
+    "Krea2Transformer2DModel": {"in_channels": 16, "text_num_attention_heads": 2, "text_num_key_value_heads": 2, "text_intermediate_size": 64, "text_hidden_dim": 64},
+    "LTX2VideoTransformer3DModel": {"in_channels": 8, "out_channels": 8, "audio_in_channels": 8, "audio_out_channels": 8, "audio_num_attention_heads": 2, "audio_attention_head_dim": 16, "audio_cross_attention_dim": 32, "use_prompt_embeddings": True},
+    "LTXVideoTransformer3DModel": {"in_channels": 8, "out_channels": 8},
+    "LatteTransformer3DModel": {"in_channels": 4, "out_channels": 4, "patch_size": 2, "num_embeds_ada_norm": 1000, "norm_type": "ada_norm_single", "norm_elementwise_affine": False, "activation_fn": "gelu-approximate", "attention_bias": True, "video_length": FRAMES},
+    "LongCatImageTransformer2DModel": {"in_channels": 16},
+    "Lumina2Transformer2DModel": {"in_channels": 4, "multiple_of": 16, "axes_lens": (64, 64, 64)},
+    "MiniMaxH3Transformer3DModel": {"in_channels": 4, "audio_in_channels": 4, "time_embed_hidden_dim": 64, "rope_freq_dim": 8},
+    "MiniMaxMusic3Transformer1DModel": {"in_channels": 8, "rotary_dim": 16, "fourier_embedding_dim": 32},
+    "MochiTransformer3DModel": {"in_channels": 4, "max_sequence_length": 16},
+    "MotifVideoTransformer3DModel": {"in_channels": 9, "out_channels": 4, "num_layers": 2, "num_single_layers": 3},
+    "NucleusMoEImageTransformer2DModel": {"in_channels": 16, "num_experts": 4, "moe_intermediate_dim": 32, "capacity_factors": 2.0, "dense_moe_strategy": "leave_first_block_dense"},
+    "OmniGenTransformer2DModel": {"vocab_size": 64, "pad_token_id": 0, "max_position_embeddings": 128, "original_max_position_embeddings": 64, "rope_scaling": {"short_factor": [1.0] * 16, "long_factor": [1.0] * 16}, "time_step_dim": 32, "pos_embed_max_size": 8},
+    "OvisImageTransformer2DModel": {"in_channels": 16, "out_channels": 16},
+    "PRXTransformer2DModel": {"in_channels": 4, "axes_dim": [16, 16]},
+    "PixArtTransformer2DModel": {"out_channels": 8, "use_additional_conditions": False},
+    "QwenImage21Transformer2DModel": {"in_channels": 16, "out_channels": 16},
+    "QwenImageTransformer2DModel": {"in_channels": 16, "out_channels": 4},
+    "SD3Transformer2DModel": {"in_channels": 4, "out_channels": 4, "dual_attention_layers": (0,), "qk_norm": "rms_norm"},
+    "SanaTransformer2DModel": {"in_channels": 4, "out_channels": 4},
+    "SanaVideoTransformer3DModel": {"in_channels": 4, "out_channels": 4},
+    "SanaWMLTX2RefinerTransformer3DModel": {"in_channels": 8, "out_channels": 8, "audio_in_channels": 8, "audio_out_channels": 8, "audio_num_attention_heads": 2, "audio_attention_head_dim": 16, "audio_cross_attention_dim": 32},
+    "SanaWMTransformer3DModel": {"in_channels": 4, "linear_head_dim": 32, "softmax_every_n": 2, "chunk_plucker_channels": 6, "chunk_plucker_post_attn_blocks": 2, "image_size": 64},
+    "Transformer2DModel": {"in_channels": 64, "norm_num_groups": 8, "cross_attention_dim": 32, "sample_size": None, "caption_channels": None},
+    "TransformerTemporalModel": {"in_channels": 64, "norm_num_groups": 8, "cross_attention_dim": None, "sample_size": None},
+    "WanAnimate2Transformer3DModel": {"in_dim": 12, "out_dim": 4, "text_len": TEXT},
+    "WanAnimateTransformer3DModel": {"in_channels": 12, "latent_channels": 4, "out_channels": 4, "image_dim": 32, "added_kv_proj_dim": 64, "motion_encoder_channel_sizes": {"4": 16, "8": 16, "16": 16}, "motion_encoder_size": 16, "motion_style_dim": 16, "motion_dim": 4, "motion_encoder_dim": 16, "face_encoder_hidden_dim": 16, "face_encoder_num_heads": 2, "inject_face_latents_blocks": 2},
+    "WanVACETransformer3DModel": {"in_channels": 4, "out_channels": 4, "vace_layers": [0, 1], "vace_in_channels": 12},
+    "ZImageTransformer2DModel": {"in_channels": 4, "axes_lens": [64, 64, 64]},
+}
+for _name in ("AnyFlowFARTransformer3DModel", "AnyFlowTransformer3DModel", "ChronoEditTransformer3DModel", "HeliosTransformer3DModel"):
+    CONFIGS[_name] = {"in_channels": 4, "out_channels": 4}
+for _name in ("SkyReelsV2Transformer3DModel", "WanTransformer3DModel", "JoyImageEditPlusTransformer3DModel"):
+    CONFIGS[_name] = {"in_channels": 4, "out_channels": 4}
+CONFIGS["JoyImageEditTransformer3DModel"] = {"in_channels": 4, "out_channels": 4}
+
+
+def transformer_classes() -> list[str]:
+    """Names of all ``*Transformer*Model`` that diffusers exports."""
+    import diffusers
+
+    return sorted(name for name in dir(diffusers) if "Transformer" in name and name.endswith("Model"))
+
+
+def config_for(name: str) -> dict[str, Any]:
+    """Arguments that make a tiny instance of a class."""
+    import diffusers
+
+    known = inspect.signature(inspect.unwrap(getattr(diffusers, name).__init__)).parameters
+    config = {key: value for key, value in SMALL.items() if key in known}
+    if name.startswith("Kandinsky") or known.get("image_embed_dim") is None:
+        config.pop("image_embed_dim", None)
+    return config | CONFIGS.get(name, {})
+CALLS: dict[str, Call] = {}
+
+
+def call_for(name: str, config: Mapping[str, Any], number: int = 0) -> dict[str, Any]:
+    """Keyword arguments of one short call; each number makes another."""
+    generator = torch.Generator().manual_seed(number)
+
+    def noise(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    return {**CALLS[name](config, noise, 900.0 - 200 * number), "return_dict": False}
