@@ -87,10 +87,10 @@ from pathlib import Path
 sys.path.insert(0, sys.argv[2])
 import tiny_pipelines, torch
 from slim_core.recipe import recipe_from_dict
-from slim_sd.capture import Recorder
-from slim_sd.generation import planned_generation
+from slim_sd.captured.recorder import Recorder
+from slim_sd.pipeline.generation import planned_generation
 from slim_sd.recipe import SpecSd
-from slim_sd.sampling import Sampler
+from slim_sd.pipeline.sampling import Sampler
 folder, rounds = Path(sys.argv[1]), int(sys.argv[3])
 settings = {"prompt": "a red fox", "size": "256*256", "frame_num": 17, "sample_steps": 4}
 spec = {"multimodal_sd_config": {"model_config": settings}}

@@ -164,7 +164,9 @@ def refusal(path: Path) -> str:
     return "no error"
 
 
-@pytest.mark.parametrize(("page", "least"), [("docs/recipes.md", 5), ("docs/migrating.md", 1), ("docs/diffusion.md", 1)])
+@pytest.mark.parametrize(
+    ("page", "least"), [("docs/recipes.md", 5), ("docs/migrating.md", 1), ("docs/diffusion.md", 1)]
+)
 def test_error_examples_are_what_slim_says(
     page: str, least: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

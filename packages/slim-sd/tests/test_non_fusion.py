@@ -21,7 +21,7 @@ from slim_core.runners.calibration import BlockForwards, simulated
 from slim_core.runners.plan import make_plan
 from slim_core.runners.run import run_plan
 from slim_core.savers.mindie_folder import MindieFolder
-from slim_sd.wan_names import original_name
+from slim_sd.wan.names import original_name
 
 CPU = torch.device("cpu")
 CONFIG = {

@@ -17,9 +17,9 @@ from slim_core.runners.calibration import simulated
 from slim_core.runners.plan import Plan
 from slim_core.savers.mindie_folder import open_quantized
 from slim_core.service import QuantRequest
-from slim_sd.capture import forward_parameters
+from slim_sd.captured.recorder import forward_parameters
+from slim_sd.captured.records import open_records
 from slim_sd.loading import open_transformer
-from slim_sd.records import open_records
 from slim_sd.service import DiffusionService
 
 PipelineFolder = Callable[..., Path]

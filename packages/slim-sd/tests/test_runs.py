@@ -21,10 +21,10 @@ from slim_core.runners.plan import Plan
 from slim_core.runners.run import RunResult
 from slim_core.service import QuantRequest
 from slim_sd import calibration
-from slim_sd.capture import forward_parameters
-from slim_sd.folders import transformer_folders
+from slim_sd.captured.recorder import forward_parameters
+from slim_sd.captured.records import open_records
 from slim_sd.loading import open_transformer
-from slim_sd.records import open_records
+from slim_sd.pipeline.folders import transformer_folders
 from slim_sd.service import DiffusionService
 
 PipelineFolder = Callable[..., Path]
@@ -211,7 +211,7 @@ def test_data_free_recipes_generate_nothing(
     def fail(*_: Any, **__: Any) -> Any:
         raise AssertionError("the pipeline was built")
 
-    monkeypatch.setattr("slim_sd.sampling.build_pipeline", fail)
+    monkeypatch.setattr("slim_sd.pipeline.sampling.build_pipeline", fail)
     _, (plan,) = run(pipeline_folder("wan2_1_t2v"), tmp_path / "out", {}, DYNAMIC)  # not even a prompt
     assert not plan.needs_data
     assert not list(tmp_path.glob("**/calib_data*"))

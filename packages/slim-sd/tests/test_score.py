@@ -19,9 +19,9 @@ from slim_core.errors import InvalidModelError, SchemaValidateError, SecurityErr
 from slim_core.progress import SilentProgress
 from slim_core.recipe import recipe_from_dict
 from slim_core.service import EvalRequest, QuantRequest, load_service
-from slim_sd.generation import planned_generation
+from slim_sd.pipeline.generation import planned_generation
+from slim_sd.pipeline.sampling import Sampler
 from slim_sd.recipe import SpecSd
-from slim_sd.sampling import Sampler
 from slim_sd.score import DiffusionScores, StepScore
 from slim_sd.service import DiffusionService
 

@@ -204,7 +204,7 @@ def wan_vae(channels: int) -> Any:
 
 
 def _published(what: str) -> list[float]:
-    from slim_sd import wan_vae as module
+    from slim_sd.wan import vae as module
 
     return [float(value) for value in getattr(module, f"_{what}_48").split()]
 

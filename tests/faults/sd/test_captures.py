@@ -207,7 +207,7 @@ def test_a_recipe_without_data_captures_nothing(workplace) -> None:
 
 def test_a_full_disk_during_the_capture(workplace, refused) -> None:
     """The disk fills up after some of the inputs were written."""
-    from slim_sd.record_files import RecordWriter
+    from slim_sd.captured.files import RecordWriter
 
     workplace.fill_save()
     write, calls = RecordWriter.add, []
@@ -232,7 +232,7 @@ def test_a_full_disk_during_the_capture(workplace, refused) -> None:
 
 KILLED = """
 import os, signal, sys
-from slim_sd.record_files import RecordWriter
+from slim_sd.captured.files import RecordWriter
 from slim_sd.__main__ import main
 
 write, calls = RecordWriter.add, []

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -98,3 +100,78 @@ def test_another_order_is_refused(plain: TwoStreams, tmp_path: Path) -> None:
     with torch.no_grad(), BlockForwards(model, samples, CPU) as forwards, pytest.raises(InvalidModelError) as told:
         forwards.reach(model.running[0])
     assert "block 3 was called where block 0 was expected" in str(told.value)
+
+
+class Skipping(TwoStreams):
+    """Leaves out what a call names, as guidance by skipped layers does."""
+
+    def forward(self, image: Tensor, text: Tensor, without: tuple[str, ...] = ()) -> Tensor:
+        image = self.embed(image)
+        for number, double in enumerate(self.both):
+            if f"both.{number}" not in without:
+                text, image = double(image, text=text)
+        joined = torch.cat([text, image], 1)
+        for number, single in enumerate(self.joint):
+            if f"joint.{number}" not in without:
+                joined = joined + single(joined)
+        return self.norm(joined[:, text.shape[1] :])
+
+
+SKIPPED = [("both.0",), (), ("both.1", "joint.0"), ("both.0", "joint.1")]
+
+
+def skipping(folder: Path, *, skips: bool = True) -> tuple[StreamedModel, list[dict[str, Any]], Skipping]:
+    torch.manual_seed(0)
+    plain = Skipping().eval()
+    save_file({name: tensor.clone() for name, tensor in plain.state_dict().items()}, folder / "model.safetensors")
+    with parameters_on_meta():
+        module = Skipping()
+    samples = [{"image": torch.randn(1, 3, 3), "text": torch.randn(1, 2, 4), "without": each} for each in SKIPPED]
+    return StreamedModel(module, Checkpoint(folder), folder, {}, LISTS, skips=skips), samples, plain
+
+
+def test_calls_may_pass_blocks_by(tmp_path: Path) -> None:
+    model, samples, plain = skipping(tmp_path)
+    present: dict[str, list[int]] = {}
+    with torch.no_grad(), BlockForwards(model, samples, CPU) as forwards:
+        for unit in model.running:
+            forwards.reach(unit)
+            present[unit.name] = forwards.present()
+            model.load(unit.parameters, CPU)
+            if unit is model.running[-1]:
+                forwards.run_to_end()
+            else:
+                forwards.run(hand_on=True)
+            model.unload(unit.parameters)
+        outputs = [forwards.finish(sample) for sample in range(len(samples))]
+        wanted = [plain(**sample) for sample in samples]
+    assert all(torch.equal(*pair) for pair in zip(outputs, wanted, strict=True))
+    assert present == {
+        name: [sample for sample, without in enumerate(SKIPPED) if name not in without]
+        for name in ("both.0", "both.1", "joint.0", "joint.1", "joint.2")
+    }
+
+
+def test_only_where_the_model_is_known_to(tmp_path: Path) -> None:
+    model, samples, _ = skipping(tmp_path, skips=False)
+    with (
+        torch.no_grad(),
+        BlockForwards(model, samples, CPU) as forwards,
+        pytest.raises(InvalidModelError, match=r"block 1 was called where block 0 was expected.*without calibration"),
+    ):
+        forwards.reach(model.running[0])
+
+
+def test_going_back_is_refused(plain: TwoStreams, tmp_path: Path) -> None:
+    model = replace(opened(plain, tmp_path, ("joint", "both")), skips=True)
+    samples = [{"image": torch.randn(1, 3, 3), "text": torch.randn(1, 2, 4)}]
+    with torch.no_grad(), BlockForwards(model, samples, CPU) as forwards:
+        for unit in model.running[:-1]:
+            forwards.reach(unit)
+            model.load(unit.parameters, CPU)
+            forwards.run(hand_on=True)
+        model.load(model.running[-1].parameters, CPU)
+        forwards.reach(model.running[-1])
+        with pytest.raises(InvalidModelError, match="block 0 was called where the end was expected"):
+            forwards.run_to_end()
+            forwards.finish(0)

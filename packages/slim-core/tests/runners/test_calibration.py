@@ -48,8 +48,10 @@ def test_hidden_states(output: Any, streams: list[Tensor]) -> None:
 
 def test_both_streams_are_held_against_the_float_block() -> None:
     """Whatever is wrong with one of them shows."""
-    forwards: Any = SimpleNamespace(samples=1, compute=lambda _sample: (TEXT, PICTURE + 1))
-    block = KeptBlock(SimpleNamespace(module=None), forwards, [(TEXT, PICTURE)], CPU)  # pyright: ignore[reportArgumentType]
+    forwards: Any = SimpleNamespace(present=lambda: [1], compute=lambda sample: {1: (TEXT, PICTURE + 1)}[sample])
+    model: Any = SimpleNamespace(module=None)
+    block = KeptBlock(model, forwards, [None, (TEXT, PICTURE)], CPU)  # the first sample passes this block by
+    assert block.samples == 1
     difference = (block.run(0) - block.target(0)).abs()
     assert difference.shape == (2 * (3 + 5), 8)
     assert float(difference[:6].max()) == 0

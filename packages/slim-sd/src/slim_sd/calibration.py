@@ -20,14 +20,14 @@ from slim_core.model.streamed import StreamedModel
 from slim_core.recipe import Recipe
 from slim_core.savers.side_files import FILE_MODE
 from slim_core.service import QuantRequest
-from slim_sd import wan_files
-from slim_sd.capture import Recorder, forward_parameters
-from slim_sd.folders import transformer_folders
-from slim_sd.generation import Generation, planned_generation
+from slim_sd.captured.files import find_records, records_file, sidecar_file
+from slim_sd.captured.recorder import Recorder, forward_parameters
+from slim_sd.captured.records import Records, open_records
+from slim_sd.pipeline.folders import transformer_folders
+from slim_sd.pipeline.generation import Generation, planned_generation
+from slim_sd.pipeline.sampling import Sampler
 from slim_sd.recipe import SpecSd, dump_folder
-from slim_sd.record_files import find_records, records_file, sidecar_file
-from slim_sd.records import Records, open_records
-from slim_sd.sampling import Sampler
+from slim_sd.wan import files as wan_files
 
 __all__ = ["Calibration", "expert_name"]
 

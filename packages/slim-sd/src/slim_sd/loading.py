@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import nn
@@ -18,10 +19,10 @@ from slim_core.errors import InvalidModelError, UnsupportedError
 from slim_core.model.skeleton import find_blocks, named_modules, parameters_on_meta
 from slim_core.model.streamed import StreamedModel
 from slim_core.rotation.attention import rotate_queries_and_keys, stored_rotations
-from slim_sd import wan_files
 from slim_sd.attention import Attentions
-from slim_sd.folders import layout_of, transformer_folders
-from slim_sd.wan_names import diffusers_name, original_name
+from slim_sd.pipeline.folders import layout_of, transformer_folders
+from slim_sd.wan import files as wan_files
+from slim_sd.wan.names import diffusers_name, original_name
 
 __all__ = ["Names", "is_wan", "open_tensors", "open_transformer", "open_written"]
 
@@ -56,7 +57,7 @@ def open_transformer(
 
     Args:
         folder: the model folder.
-        component: one of :func:`slim_sd.folders.transformer_folders`.
+        component: one of :func:`slim_sd.pipeline.folders.transformer_folders`.
         names: what its tensors are called from here on.
         dtype: what it runs in; None: what most of its weights are stored in.
 
@@ -83,6 +84,7 @@ def open_transformer(
         attention=Attentions(module, original_name if renamed else str, other_name),
         other_name=other_name,
         scaled_inputs=_WAN_INPUTS if is_wan(config) else None,
+        skips=True,
     )
 
 
@@ -187,7 +189,7 @@ def _skeleton(config: Mapping[str, Any], dtype: torch.dtype, folder: Path) -> nn
         )
     try:
         with parameters_on_meta():
-            module = kind.from_config(_own(config))
+            module = cast("Any", kind).from_config(_own(config))
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, ZeroDivisionError, ImportError) as error:
         raise InvalidModelError(
             f"diffusers cannot build the model: {type(error).__name__}: {error}",
@@ -217,8 +219,8 @@ def _main_dtype(source: TensorSource) -> torch.dtype:
 
 
 def _block_lists(module: nn.Module) -> tuple[str, ...]:
-    """The lists of blocks, in the order in which they are registered: those of the classes that diffusers itself
-    compiles or places as one, and others that hold a large part of the model."""
+    """The lists of blocks, in the order in which they run: those of the classes that diffusers itself compiles or
+    places as one, and others that hold a large part of the model."""
     kinds = {*(getattr(module, "_repeated_blocks", None) or ()), *(getattr(module, "_no_split_modules", None) or ())}
     lists = {name: part for name, part in named_modules(module) if isinstance(part, nn.ModuleList) and len(part)}
     outer = {name: part for name, part in lists.items() if not any(name.startswith(f"{one}.") for one in lists)}
@@ -228,7 +230,13 @@ def _block_lists(module: nn.Module) -> tuple[str, ...]:
         for name, part in outer.items()
         if all(type(block).__name__ in kinds for block in part) or _size(part) > _LARGE_SHARE * size
     ]
-    return tuple(found) or (find_blocks(module),)
+    # In the code of the forward, names stand in the order of their first use. Where it leaves lists to a method, they
+    # stay in the order in which they are registered; if that is wrong, a calibrated run tells.
+    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+    used: Sequence[str] = code.co_names if code is not None else ()
+    at = {name: used.index(part) for name in found if (part := name.split(".")[0]) in used}
+    ordered = sorted(found, key=lambda name: at[name]) if len(at) == len(found) else found
+    return tuple(ordered) or (find_blocks(module),)
 
 
 def _check_counts(source: TensorSource, module: nn.Module, lists: tuple[str, ...], folder: Path) -> None:

@@ -85,6 +85,7 @@ class DiffusionRun:
         Raises:
             SlimError: whatever stands in the way; nothing at ``save_path`` has changed then.
         """
+
         def told(plan: Plan) -> None:
             if not any(one.needs_data for one in (plan, *plan.others)):
                 _logger.info("no processor of this recipe needs calibration inputs: the pipeline is not run")

@@ -14,8 +14,8 @@ from slim_core.model.streamed import StreamedModel
 from slim_core.recipe.schema import DatasetConfig
 from slim_core.runners.prediction import TowerLoad
 from slim_sd.calibration import Calibration
+from slim_sd.captured.records import Records
 from slim_sd.examples import example_call
-from slim_sd.records import Records
 
 __all__ = ["CapturedSamples"]
 

@@ -24,9 +24,9 @@ from slim_core.savers.mindie_folder import open_quantized
 from slim_core.savers.quantized_folder import QuantizedFolder
 from slim_core.service import EvalRequest
 from slim_sd.calibration import expert_name
-from slim_sd.generation import planned_generation
+from slim_sd.pipeline.generation import planned_generation
+from slim_sd.pipeline.sampling import Sampler
 from slim_sd.recipe import SpecSd
-from slim_sd.sampling import Sampler
 from slim_sd.score_report import check_report_folder, write_score_report
 
 __all__ = ["DiffusionScores", "StepScore", "score"]

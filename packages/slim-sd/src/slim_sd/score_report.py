@@ -12,7 +12,7 @@ from torch import Tensor
 from slim_core.errors import EnvError, SecurityError
 
 if TYPE_CHECKING:
-    from slim_sd.generation import Generation
+    from slim_sd.pipeline.generation import Generation
     from slim_sd.score import DiffusionScores
 
 __all__ = ["check_report_folder", "write_score_report"]

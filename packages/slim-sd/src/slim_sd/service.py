@@ -40,7 +40,7 @@ class DiffusionService:
         return SpecSd
 
     def handles(self, model_path: Path, *, images: bool = False) -> bool:
-        from slim_sd.folders import is_diffusion_model
+        from slim_sd.pipeline.folders import is_diffusion_model
 
         return not images and is_diffusion_model(model_path)
 
@@ -64,7 +64,7 @@ class DiffusionService:
     def parts(self, folder: Path) -> list[str]:
         """The folders that a model with several transformers is quantized into; none for one transformer."""
         from slim_sd.calibration import expert_name
-        from slim_sd.folders import transformer_folders
+        from slim_sd.pipeline.folders import transformer_folders
 
         components = transformer_folders(folder)
         return [expert_name(name) for name in components] if len(components) > 1 else []
@@ -80,8 +80,8 @@ class DiffusionService:
             InvalidModelError: it is called like none of them, or the model cannot be read.
         """
         from slim_sd.calibration import expert_name
-        from slim_sd.folders import transformer_folders
         from slim_sd.loading import open_tensors
+        from slim_sd.pipeline.folders import transformer_folders
 
         components = {expert_name(name): name for name in transformer_folders(folder)}
         if len(components) > 1 and part not in components:

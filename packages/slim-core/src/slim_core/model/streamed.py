@@ -55,6 +55,7 @@ class StreamedModel:
         scaled_inputs: groups of linears that read the same input, by their names below a block, whose input may be
             scaled while the model runs where nothing can be folded; None: found by running the blocks.
         towers: dotted names of the modules that each run at most once ahead of the blocks, in the order of their calls.
+        skips: whether a forward may pass blocks by.
         tower_example: gives keyword arguments of the model for one short sample that makes all its towers run.
 
     Raises:
@@ -76,6 +77,7 @@ class StreamedModel:
     other_name: Callable[[str], str] | None = None
     towers: tuple[str, ...] = ()
     tower_example: Callable[[], Mapping[str, Any]] | None = None
+    skips: bool = False
     units: list[Unit] = field(default_factory=list[Unit], init=False)
 
     def __post_init__(self) -> None:

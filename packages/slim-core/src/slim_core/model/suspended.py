@@ -39,18 +39,26 @@ class SuspendedForward:
     Args:
         inputs: keyword arguments of the model; each is asked for once, when its forward starts.
         optional: how many of the first blocks a forward may pass by, as one without an image does the vision tower.
+        skips: whether it may pass by any of them but the last, as one does that is guided by skipping layers.
 
     Raises:
         InvalidModelError: the model does not call its blocks once each, in order.
     """
 
     def __init__(
-        self, model: nn.Module, blocks: Sequence[nn.Module], inputs: Sequence[Mapping[str, Any]], optional: int = 0
+        self,
+        model: nn.Module,
+        blocks: Sequence[nn.Module],
+        inputs: Sequence[Mapping[str, Any]],
+        optional: int = 0,
+        *,
+        skips: bool = False,
     ) -> None:
         self._model = model
         self._blocks = list(blocks)
         self._inputs = inputs
         self._optional = optional
+        self._furthest = len(self._blocks) - 1 if skips else optional
         self._runs: dict[int, greenlet.greenlet] = {}
         self._calls: list[BlockCall | None] = [None] * len(inputs)
         self._shadowed: list[Any] = []  # what the blocks had as ``forward`` of their own
@@ -99,12 +107,13 @@ class SuspendedForward:
     def _take(self, sample: int, received: Any, expected: int) -> None:
         if isinstance(received, BlockCall):
             received.sample = sample
-            if not expected <= received.block <= max(expected, self._optional):
+            if not expected <= received.block <= max(expected, self._furthest):
                 raise InvalidModelError(
                     f"{self._called(received.block)} was called where {self._called(expected)} was expected; the model "
                     "does not run its blocks once each, in order",
                     where=type(self._model).__name__,
-                    remedy="name the list of blocks, and what runs as a whole ahead of them, in an adapter",
+                    remedy="use a recipe without calibration, such as one with activations per_token; or name the list "
+                    "of blocks, and what runs as a whole ahead of them, in an adapter",
                 )
             self._calls[sample] = received
             return

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any, cast
 
 from slim_core.errors import SchemaValidateError
 from slim_core.recipe.yaml_source import read_yaml
@@ -26,7 +27,7 @@ def load_registry(path: Path) -> Mapping[str, str]:
     for pedigree, names in document.data.items():
         if not isinstance(names, list):
             raise SchemaValidateError("must be a list of model types", where=document.where((pedigree,)))
-        for i, name in enumerate(names):
+        for i, name in enumerate(cast("list[Any]", names)):
             where, line = document.where((pedigree, i)), document.line((pedigree, i))
             if not isinstance(name, str):
                 raise SchemaValidateError(f"got {name!r}; a model type must be a string", where=where)

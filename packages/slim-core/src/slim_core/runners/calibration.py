@@ -39,7 +39,7 @@ class BlockForwards:
     other quantized ones (the last stream).
 
     A sample starts when its first stop is run, so that inputs which are costly to make need not all be there at once.
-    One that passes a tower by is left out while that is at work.
+    One that passes a tower or a block by is left out while that is at work.
 
     Args:
         inputs: keyword arguments of the model for each sample, asked for when it starts; its ``close``, if it has one,
@@ -66,7 +66,7 @@ class BlockForwards:
         self._spill = spill
         self._settled: dict[int, int] = {}  # by sample, the stop at which what it holds was put on disk
         self._carried = _Carried(inputs, streams, extra, spill)
-        self._forward = SuspendedForward(model.module, model.stops, self._carried, towers)
+        self._forward = SuspendedForward(model.module, model.stops, self._carried, towers, skips=model.skips)
         self._last: list[Any] = []
         self._stop = 0
         self.count = 0
@@ -272,14 +272,15 @@ class KeptBlock:
         self._forwards = forwards
         self._targets = targets
         self._device = device
+        self._present = forwards.present()
         self.module = model.module
-        self.samples = forwards.samples
+        self.samples = len(self._present)
 
     def run(self, sample: int) -> Tensor:
-        return _what_counts(self._forwards.compute(sample))
+        return _what_counts(self._forwards.compute(self._present[sample]))
 
     def target(self, sample: int) -> Tensor:
-        return _what_counts(self._targets[sample]).to(self._device)
+        return _what_counts(self._targets[self._present[sample]]).to(self._device)
 
 
 def _hidden_of(call: BlockCall) -> Any:

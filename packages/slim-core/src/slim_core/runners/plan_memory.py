@@ -77,12 +77,14 @@ def plan_memory(
     if not experts:
         why_whole = why_whole or "the model has no routed experts that could be in memory one at a time"
     ways = [(spills, by_expert) for spills in on_disk for by_expert in ((False,) if why_whole else (False, True))]
-    for spills, by_expert in ways:
+    for spills, by_expert in ways[:-1]:
         stages = shares(experts if by_expert else {}, spills)
-        beyond = _beyond(stages, budget, devices)
-        if not beyond:
+        if not _beyond(stages, budget, devices):
             return PlannedMemory(_largest(stages), budget, by_expert, spills)
-    refusal = _refusal(beyond, budget, why_whole, spills)
+    spills, by_expert = ways[-1]
+    stages = shares(experts if by_expert else {}, spills)
+    beyond = _beyond(stages, budget, devices)
+    refusal = _refusal(beyond, budget, why_whole, spills) if beyond else None
     return PlannedMemory(_largest(stages), budget, by_expert, spills, refusal)
 
 

@@ -70,7 +70,7 @@ class Spill:
     def _move(self, tensor: Tensor, share: bool) -> None:
         """Give a tensor a storage in a file, with the same shape and strides."""
         data = tensor.detach().as_strided((_extent(tensor),), (1,)).view(torch.uint8)
-        key = (tensor.dtype, hashlib.sha256(data.numpy()).digest()) if share else None
+        key = (tensor.dtype, hashlib.sha256(data.numpy().data).digest()) if share else None
         known = self._equal.get(key) if key is not None else None
         storage = known() if known is not None else None
         if storage is None:
@@ -87,7 +87,8 @@ class Spill:
             handle, name = mkstemp(prefix=".activations-", dir=self._folder)
             try:
                 os.posix_fallocate(handle, 0, data.numel())  # a mapping of a full disk would kill the process
-                storage = torch.UntypedStorage.from_file(name, shared=True, nbytes=data.numel())
+                from_file: Any = getattr(torch.UntypedStorage, "from_file")  # noqa: B009  # typed as what it is not
+                storage: torch.UntypedStorage = from_file(name, shared=True, nbytes=data.numel())
             finally:
                 os.unlink(name)
                 os.close(handle)

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from slim_core.errors import EnvError, InvalidDatasetError, SecurityError
 from slim_core.logging import get_logger
-from slim_sd.record_archive import directory_digest
+from slim_sd.captured.archive import directory_digest
 
 __all__ = ["FORMAT_VERSION", "Piece", "RecordWriter", "find_records", "json_values", "records_file", "sidecar_file"]
 

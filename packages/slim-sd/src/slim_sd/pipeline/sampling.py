@@ -11,11 +11,11 @@ import torch
 
 from slim_core.errors import SchemaValidateError
 from slim_core.model.streamed import StreamedModel
-from slim_sd.folders import transformer_folders
-from slim_sd.generation import Generation
 from slim_sd.loading import Names, open_transformer
-from slim_sd.pictures import open_picture
-from slim_sd.pipelines import build_pipeline
+from slim_sd.pipeline.building import build_pipeline
+from slim_sd.pipeline.folders import transformer_folders
+from slim_sd.pipeline.generation import Generation
+from slim_sd.pipeline.pictures import open_picture
 
 __all__ = ["Sampler"]
 

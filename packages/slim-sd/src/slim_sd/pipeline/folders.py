@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from slim_core.checkpoint.header import parse_object
 from slim_core.errors import InvalidModelError, UnsupportedError
-from slim_sd import wan_files
+from slim_sd.wan import files as wan_files
 
 __all__ = ["Layout", "is_diffusion_model", "layout_of", "pipeline_index", "transformer_folders"]
 

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from slim_core.errors import InvalidDatasetError, SecurityError, SlimError, UnsupportedError
 from slim_core.memory import peak_memory
-from slim_sd import record_archive
-from slim_sd.record_archive import RecordArchive, directory_digest
+from slim_sd.captured import archive as record_archive
+from slim_sd.captured.archive import RecordArchive, directory_digest
 
 
 def _save(path: Path, records: Any, **options: Any) -> Path:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from slim_core.errors import InvalidModelError, SlimError, UnsupportedError
-from slim_sd.pth_files import load_pth
+from slim_sd.wan.pth_files import load_pth
 
 if TYPE_CHECKING:
     from diffusers import SchedulerMixin

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from slim_core.checkpoint.reader import Checkpoint
 from slim_core.errors import InvalidModelError, UnsupportedError
-from slim_sd import wan_files
+from slim_sd.wan import files as wan_files
 
 PipelineFolder = Callable[..., Path]
 ORIGINALS = ("wan2_1_t2v", "wan2_1_i2v", "wan2_2_t2v", "wan2_2_i2v", "wan2_2_ti2v")

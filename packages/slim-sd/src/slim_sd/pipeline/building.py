@@ -14,11 +14,12 @@ import torch
 from torch import nn
 
 from slim_core.errors import InvalidModelError, UnexpectedError, UnsupportedError
-from slim_sd import wan_files, wan_parts
-from slim_sd.components import load_component, quiet_libraries
-from slim_sd.folders import layout_of, pipeline_index, transformer_folders
-from slim_sd.wan_parts import Solver
-from slim_sd.wan_vae import load_vae
+from slim_sd.pipeline.components import load_component, quiet_libraries
+from slim_sd.pipeline.folders import layout_of, pipeline_index, transformer_folders
+from slim_sd.wan import files as wan_files
+from slim_sd.wan import parts as wan_parts
+from slim_sd.wan.parts import Solver
+from slim_sd.wan.vae import load_vae
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -41,13 +42,13 @@ def build_pipeline(
 
     Args:
         folder: the model folder.
-        transformers: modules for exactly the components that :func:`slim_sd.folders.transformer_folders` names; they
+        transformers: modules for exactly the components that :func:`slim_sd.pipeline.folders.transformer_folders` names; they
             are used as they are.
         dtype: of text and image encoders and of the VAE; None is what their files are stored in. The VAE of Wan is
             always float32.
         solver: ``unipc`` or ``dpm++`` instead of the model's own scheduler, Wan only.
         shift: of the noise schedule, instead of the folder's own; for original folders, which name none,
-            :attr:`slim_sd.wan_files.WanFamily.default_shift` holds.
+            :attr:`slim_sd.wan.files.WanFamily.default_shift` holds.
         from_image: for Wan2.2 TI2V, which does both: the pipeline that begins with a picture.
 
     Raises:

@@ -11,7 +11,7 @@ import pytest
 
 from slim_core.errors import SchemaValidateError
 from slim_core.recipe import recipe_from_dict
-from slim_sd.generation import Generation, planned_generation, published_model, wan_generation
+from slim_sd.pipeline.generation import Generation, planned_generation, published_model, wan_generation
 from slim_sd.recipe import SpecSd, settings_of
 from slim_sd.settings import SEED, WanSettings
 

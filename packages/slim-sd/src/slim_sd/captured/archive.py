@@ -24,8 +24,8 @@ from torch import Tensor
 
 from slim_core.errors import EnvError, InvalidDatasetError, SecurityError, SlimError, UnsupportedError
 from slim_core.sizes import human_size
-from slim_sd.plain_values import DTYPES, MAX_DEPTH, describe_type
-from slim_sd.record_pickle import DELETE, refuse_code
+from slim_sd.captured.pickled import DELETE, refuse_code
+from slim_sd.captured.plain_values import DTYPES, MAX_DEPTH, describe_type
 
 __all__ = ["MAX_FILE_BYTES", "RecordArchive", "StoredTensor", "directory_digest"]
 

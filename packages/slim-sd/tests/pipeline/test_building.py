@@ -17,10 +17,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from slim_core.errors import InvalidModelError, SecurityError, UnexpectedError, UnsupportedError
-from slim_sd import wan_files
-from slim_sd.folders import layout_of, pipeline_index, transformer_folders
-from slim_sd.pipelines import build_pipeline
-from slim_sd.wan_names import diffusers_name
+from slim_sd.pipeline.building import build_pipeline
+from slim_sd.pipeline.folders import layout_of, pipeline_index, transformer_folders
+from slim_sd.wan import files as wan_files
+from slim_sd.wan.names import diffusers_name
 
 PipelineFolder = Callable[..., Path]
 ORIGINALS = ("wan2_1_t2v", "wan2_1_i2v", "wan2_2_t2v", "wan2_2_i2v", "wan2_2_ti2v")

@@ -1,6 +1,6 @@
 """Calibration inputs as a sequence of calls, read lazily from ``calib_data.pth``, and the choice of time steps.
 
-Reading is safe whatever the file is, see :mod:`slim_sd.record_archive`. Files that Slim wrote have a sidecar that says
+Reading is safe whatever the file is, see :mod:`slim_sd.captured.archive`. Files that Slim wrote have a sidecar that says
 what they were captured from. Files of msModelSlim have none: their records are held against the model instead, and
 those of the original Wan project translated.
 """
@@ -17,12 +17,12 @@ from torch import Tensor
 
 from slim_core.errors import InvalidDatasetError, SchemaValidateError
 from slim_core.logging import get_logger
-from slim_sd.plain_values import check_numbers
-from slim_sd.record_archive import RecordArchive, StoredTensor
-from slim_sd.record_checks import REUSE, check_structure, differences_from, read_sidecar
-from slim_sd.record_files import find_records, records_file, sidecar_file
-from slim_sd.record_pickle import DELETE
-from slim_sd.wan_records import TEXT_LENGTH, from_original, is_original
+from slim_sd.captured.archive import RecordArchive, StoredTensor
+from slim_sd.captured.checks import REUSE, check_structure, differences_from, read_sidecar
+from slim_sd.captured.files import find_records, records_file, sidecar_file
+from slim_sd.captured.pickled import DELETE
+from slim_sd.captured.plain_values import check_numbers
+from slim_sd.wan.records import TEXT_LENGTH, from_original, is_original
 
 __all__ = ["Records", "find_records", "open_records", "records_file", "sidecar_file"]
 
@@ -179,18 +179,18 @@ def open_records(
     Args:
         path: the file; its sidecar, if there is one, lies beside it.
         parameters: names of the arguments of the transformer's forward, see
-            :func:`slim_sd.capture.forward_parameters`.
+            :func:`slim_sd.captured.recorder.forward_parameters`.
         fingerprint: of the model; not compared if None.
         settings: of the generation, compared with those that it was captured with; not compared if None.
         reuse: use the file though model or settings differ; a warning says what does.
         config: the transformer's configuration, for files without sidecar.
         dtype: the transformer's type, for records of the original Wan project; see
-            :func:`slim_sd.wan_records.from_original`, as for ``text_length``.
+            :func:`slim_sd.wan.records.from_original`, as for ``text_length``.
 
     Raises:
         InvalidDatasetError: the file is damaged, does not fit the transformer, or was captured from another model or
             with other settings.
-        SecurityError, UnsupportedError: see :class:`slim_sd.record_archive.RecordArchive`.
+        SecurityError, UnsupportedError: see :class:`slim_sd.captured.archive.RecordArchive`.
     """
     archive = RecordArchive(path)
     names = list(parameters)

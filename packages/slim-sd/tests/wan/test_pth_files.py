@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from slim_core.errors import InvalidModelError, SecurityError, SlimError
-from slim_sd.pth_files import load_pth
+from slim_sd.wan.pth_files import load_pth
 
 TENSORS = {"a.weight": torch.arange(6.0).reshape(2, 3), "b": torch.ones(4, dtype=torch.bfloat16)}
 

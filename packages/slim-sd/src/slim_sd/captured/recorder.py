@@ -16,8 +16,8 @@ from slim_core.checkpoint.background import BackgroundJobs
 from slim_core.errors import InvalidDatasetError, SlimError, UnsupportedError
 from slim_core.logging import get_logger
 from slim_core.sizes import human_size
-from slim_sd.plain_values import check_numbers, plain
-from slim_sd.record_files import Piece, RecordWriter, json_values
+from slim_sd.captured.files import Piece, RecordWriter, json_values
+from slim_sd.captured.plain_values import check_numbers, plain
 
 __all__ = ["Recorder", "forward_parameters"]
 
@@ -61,7 +61,7 @@ class Recorder:
 
     Args:
         module: a transformer of the pipeline. It must be called, not its ``forward`` directly, as all pipelines do.
-        path: the file to write; see :func:`slim_sd.record_files.records_file`.
+        path: the file to write; see :func:`slim_sd.captured.files.records_file`.
         fingerprint: identifies the model that is captured.
         settings: of the generation (prompt, size, steps, seed and so on): JSON values, or what ``str`` makes of them.
 

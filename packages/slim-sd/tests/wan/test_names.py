@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from slim_core.errors import UnexpectedError
-from slim_sd.wan_names import diffusers_name, original_name
+from slim_sd.wan.names import diffusers_name, original_name
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "t2v": {"in_channels": 16},

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from slim_core.errors import InvalidDatasetError, SchemaValidateError
-from slim_sd.capture import Recorder, forward_parameters
-from slim_sd.record_archive import RecordArchive
-from slim_sd.records import Records, find_records, open_records, records_file, sidecar_file
+from slim_sd.captured.archive import RecordArchive
+from slim_sd.captured.recorder import Recorder, forward_parameters
+from slim_sd.captured.records import Records, find_records, open_records, records_file, sidecar_file
 
 SETTINGS = {"size": "1280*720", "frame_num": 121, "prompt": "a fox", "sample_shift": None}
 CONFIG = {"in_channels": 4, "text_dim": 6, "patch_size": [1, 2, 2]}
@@ -204,13 +204,13 @@ def test_a_file_without_sidecar(tmp_path: Path) -> None:
     ("change", "reason"),
     [
         ({"hidden_states": torch.zeros(1, 5, 2, 3, 3)}, r"tensor of shape \[1, 5, 2, 3, 3\], and .* 4 channels"),
-        ({"hidden_states": torch.zeros(1, 4)}, "floats with 3 to 5 dimensions"),
+        ({"hidden_states": torch.zeros(1, 4)}, "floats with 3 to 6 dimensions"),
         ({"hidden_states": torch.zeros(1, 4, 2, 3, 3, dtype=torch.int64)}, "floats with 3 to 5"),
         ({"hidden_states": [torch.zeros(4, 2, 3, 3)]}, "hidden_states is a list"),
         ({"timestep": torch.zeros(1, 2, 3)}, "a number or a tensor"),
         ({"timestep": None}, "timestep is a NoneType"),
         ({"encoder_hidden_states": torch.zeros(1, 5, 7)}, "6 numbers per token"),
-        ({"encoder_hidden_states": torch.zeros(5, 6)}, "with 3 dimensions"),
+        ({"encoder_hidden_states": torch.zeros(5, 6)}, "with 3 or 4 dimensions"),
         ({"guidance": 1}, r"record 1 has 5 arguments, .* takes 4: hidden_states, timestep"),
     ],
 )

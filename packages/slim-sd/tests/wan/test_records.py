@@ -12,9 +12,9 @@ from diffusers import UniPCMultistepScheduler, WanPipeline, WanTransformer3DMode
 from torch import Tensor
 
 from slim_core.errors import InvalidDatasetError, SlimError, UnsupportedError
-from slim_sd.capture import Recorder, forward_parameters
-from slim_sd.records import Records, open_records
-from slim_sd.wan_records import from_original, is_original
+from slim_sd.captured.recorder import Recorder, forward_parameters
+from slim_sd.captured.records import Records, open_records
+from slim_sd.wan.records import from_original, is_original
 
 _TOKENS = 2 * 2 * 2  # of latents (16, 2, 4, 4)
 

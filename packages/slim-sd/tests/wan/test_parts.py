@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from slim_core.errors import InvalidModelError, SecurityError, UnsupportedError
-from slim_sd import wan_parts
-from slim_sd.pth_files import load_pth
+from slim_sd.wan import parts as wan_parts
+from slim_sd.wan.pth_files import load_pth
 
 PipelineFolder = Callable[..., Path]
 

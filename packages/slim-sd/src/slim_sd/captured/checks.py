@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, cast
@@ -11,14 +12,15 @@ from torch import Tensor
 
 from slim_core.errors import InvalidDatasetError
 from slim_core.logging import get_logger
-from slim_sd.record_archive import RecordArchive
-from slim_sd.record_files import FORMAT_VERSION, json_values, sidecar_file
-from slim_sd.record_pickle import DELETE
+from slim_sd.captured.archive import RecordArchive
+from slim_sd.captured.files import FORMAT_VERSION, json_values, sidecar_file
+from slim_sd.captured.pickled import DELETE
 
 __all__ = ["REUSE", "check_structure", "differences_from", "read_sidecar"]
 
 REUSE = "pass --reuse_calib to use it as it is, or delete it, so that the next run captures anew"
 _MAX_SIDECAR_BYTES = 1 << 20
+_CHANNELS = re.compile(r"channels|hidden_dim|visual_dim|^in_dim")
 _TEXT_WIDTHS = ("text_dim", "text_embed_dim", "joint_attention_dim")
 _logger = get_logger(__name__)
 
@@ -89,28 +91,41 @@ def _shown(value: Any, missing: object) -> str:
 
 
 def check_structure(arguments: Mapping[str, Any], config: Mapping[str, Any], where: str) -> None:
-    """Hold a record of unknown origin against the transformer: kinds, ranks, channels, width of the text."""
+    """Hold a record of unknown origin against the transformer: kinds, ranks, channels, width of the text.
+
+    Channels may be any number that the configuration has for some: not every class calls those of its latents so.
+    """
     hidden = arguments.get("hidden_states")
-    if "hidden_states" in arguments:
-        if not isinstance(hidden, Tensor) or not 3 <= hidden.ndim <= 5 or not hidden.is_floating_point():
-            _misfit(where, "hidden_states", hidden, "a tensor of floats with 3 to 5 dimensions")
+    if "hidden_states" in arguments and not _is_list_of_tensors(hidden):
+        if not isinstance(hidden, Tensor) or not 3 <= hidden.ndim <= 6 or not hidden.is_floating_point():
+            _misfit(where, "hidden_states", hidden, "a tensor of floats with 3 to 6 dimensions")
         channels = config.get("in_channels")
-        # (batch, tokens, channels), (batch, channels, height, width), or in videos frames before or behind channels
-        places = {3: hidden.shape[2:], 4: hidden.shape[1:2], 5: hidden.shape[1:3]}[hidden.ndim]
-        if isinstance(channels, int) and channels not in places:
+        known = {value for name, value in config.items() if isinstance(value, int) and _CHANNELS.search(name)}
+        # (batch, tokens, channels), (batch, channels, height, width), in videos frames before or behind them, or last
+        places = hidden.shape[1:3] + (hidden.shape[-1:] if hidden.ndim > 4 else ())
+        packed = hidden.ndim == 3 and isinstance(channels, int) and hidden.shape[2] % channels == 0  # whole patches
+        if isinstance(channels, int) and not packed and known.isdisjoint(places):
             _misfit(where, "hidden_states", hidden, f"{channels} channels")
     timestep = arguments.get("timestep")
-    if "timestep" in arguments and not (
-        (isinstance(timestep, Tensor) and timestep.ndim <= 2) or isinstance(timestep, (int, float))
+    if timestep is not None and not (
+        (isinstance(timestep, Tensor) and timestep.ndim <= 3) or isinstance(timestep, (int, float))
     ):
-        _misfit(where, "timestep", timestep, "a number or a tensor with up to 2 dimensions")
+        _misfit(where, "timestep", timestep, "a number or a tensor with up to 3 dimensions")
     text = arguments.get("encoder_hidden_states")
     if text is not None:
         width = next((config[name] for name in _TEXT_WIDTHS if isinstance(config.get(name), int)), None)
-        if not isinstance(text, Tensor) or text.ndim != 3:
-            _misfit(where, "encoder_hidden_states", text, "a tensor with 3 dimensions")
-        if width is not None and text.shape[2] != width:
+        if _is_list_of_tensors(text):
+            return
+        if not isinstance(text, Tensor) or not 3 <= text.ndim <= 4:
+            _misfit(where, "encoder_hidden_states", text, "a tensor with 3 or 4 dimensions")
+        if width is not None and text.shape[-1] != width:
             _misfit(where, "encoder_hidden_states", text, f"{width} numbers per token")
+
+
+def _is_list_of_tensors(value: Any) -> bool:
+    if not isinstance(value, (list, tuple)) or not value:
+        return False
+    return all(isinstance(item, Tensor) for item in cast("Sequence[Any]", value))
 
 
 def _misfit(where: str, name: str, found: Any, expected: str) -> NoReturn:

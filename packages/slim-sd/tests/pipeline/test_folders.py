@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from slim_core.errors import InvalidModelError, SlimError, UnsupportedError
-from slim_sd.folders import is_diffusion_model, layout_of, pipeline_index, transformer_folders
+from slim_sd.pipeline.folders import is_diffusion_model, layout_of, pipeline_index, transformer_folders
 
 PipelineFolder = Callable[..., Path]
 

@@ -11,10 +11,10 @@ from typing import Any, NoReturn
 
 from slim_core.errors import SchemaValidateError
 from slim_core.recipe import Recipe
-from slim_sd.components import quiet_libraries
-from slim_sd.folders import layout_of, pipeline_index, transformer_folders
 from slim_sd.loading import is_wan, open_transformer
-from slim_sd.pictures import open_picture
+from slim_sd.pipeline.components import quiet_libraries
+from slim_sd.pipeline.folders import layout_of, pipeline_index, transformer_folders
+from slim_sd.pipeline.pictures import open_picture
 from slim_sd.recipe import SpecSd, settings_of
 from slim_sd.settings import SEED, GeneralSettings, WanSettings
 
@@ -226,6 +226,6 @@ def _expands_timesteps(folder: Path) -> bool:
     """Whether the pipeline gives every token its own time step, as TI2V does, which may begin with a picture."""
     if layout_of(folder) == "diffusers":
         return bool(pipeline_index(folder).get("expand_timesteps"))
-    from slim_sd.wan_files import family
+    from slim_sd.wan.files import family
 
     return family(folder).task == "ti2v"

@@ -15,8 +15,8 @@ from diffusers.loaders import single_file_utils
 from torch import Tensor
 
 from slim_core.errors import InvalidModelError, SecurityError, UnsupportedError
-from slim_sd.pth_files import load_pth
-from slim_sd.wan_vae import load_vae, vae_config, vae_names
+from slim_sd.wan.pth_files import load_pth
+from slim_sd.wan.vae import load_vae, vae_config, vae_names
 
 PipelineFolder = Callable[..., Path]
 FILES = {"wan2_1_t2v": "Wan2.1_VAE.pth", "wan2_2_ti2v": "Wan2.2_VAE.pth"}

@@ -28,10 +28,10 @@ from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit, pipeline_qwen
 from torch import Tensor, nn
 
 from slim_core.errors import EnvError, InvalidDatasetError, SecurityError, SlimError, UnsupportedError
-from slim_sd import record_files
-from slim_sd.capture import Recorder, forward_parameters
-from slim_sd.pipelines import build_pipeline
-from slim_sd.records import open_records, sidecar_file
+from slim_sd.captured import files as record_files
+from slim_sd.captured.recorder import Recorder, forward_parameters
+from slim_sd.captured.records import open_records, sidecar_file
+from slim_sd.pipeline.building import build_pipeline
 
 SETTINGS = {"size": "32*32", "sample_steps": 3}
 
@@ -493,8 +493,8 @@ def _run_and_be_killed(code: str, *arguments: str) -> None:
         "import os, signal, sys, torch",
         "from pathlib import Path",
         "from torch import nn",
-        "from slim_sd import record_files",
-        "from slim_sd.capture import Recorder",
+        "from slim_sd.captured import files as record_files",
+        "from slim_sd.captured.recorder import Recorder",
         "class Layer(nn.Module):",
         "    def forward(self, hidden_states, timestep=1, *, extra=None): return hidden_states",
         "module, path = Layer(), Path(sys.argv[1])",
@@ -596,8 +596,8 @@ def test_memory_does_not_follow_the_file(tmp_path: Path) -> None:
             "from pathlib import Path",
             "from torch import nn",
             "from slim_core.memory import peak_memory, resident_memory",
-            "from slim_sd import capture, record_files",
-            "from slim_sd.records import open_records",
+            "from slim_sd.captured import recorder as capture, files as record_files",
+            "from slim_sd.captured.records import open_records",
             "capture._WAITING_BYTES, record_files._RELEASE_AFTER = 16 << 20, 16 << 20",
             "class Layer(nn.Module):",
             "    def forward(self, hidden_states, prompt): return None",

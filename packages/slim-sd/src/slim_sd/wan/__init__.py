@@ -1,0 +1,1 @@
+"""Wan models as their own project publishes them: names, folders, parts, captured calls."""
