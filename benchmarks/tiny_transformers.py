@@ -223,7 +223,7 @@ CALLS: dict[str, Call] = {
     "SanaWMTransformer3DModel": lambda c, noise, time: _video(c, noise, time) | {"timestep": torch.full((1, 1, FRAMES), time), "encoder_hidden_states": noise(1, 1, TEXT, c["caption_channels"]), "mask": torch.ones(1, 1, 1, TEXT, dtype=torch.int64)},
     "SkyReelsV2Transformer3DModel": _video,
     "Transformer2DModel": lambda c, noise, time: {"hidden_states": noise(1, c["in_channels"], 4, 4), "encoder_hidden_states": noise(1, TEXT, c["cross_attention_dim"]), "timestep": torch.tensor([int(time)])},
-    "TransformerTemporalModel": lambda c, noise, time: {"hidden_states": noise(4, c["in_channels"], 4, 4), "num_frames": 4},
+    "TransformerTemporalModel": lambda c, noise, time: {"hidden_states": noise(4, c["in_channels"], 4, 4), "timestep": torch.tensor([int(time)]), "num_frames": 4},
     "WanAnimateTransformer3DModel": lambda c, noise, time: _video(c, noise, time) | {"hidden_states": noise(1, c["in_channels"], FRAMES + 1, SIDE, SIDE), "encoder_hidden_states_image": noise(1, 5, c["image_dim"]), "pose_hidden_states": noise(1, c["latent_channels"], FRAMES, SIDE, SIDE), "face_pixel_values": noise(1, 3, 5, 16, 16)},
     "WanTransformer3DModel": _video,
     "WanVACETransformer3DModel": lambda c, noise, time: _video(c, noise, time) | {"control_hidden_states": noise(1, c["vace_in_channels"], FRAMES, SIDE, SIDE)},

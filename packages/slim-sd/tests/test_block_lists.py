@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from slim_core.errors import InvalidModelError
+from slim_core.errors import SlimError
 from slim_core.progress import SilentProgress
 from slim_core.recipe import recipe_from_dict
 from slim_core.service import QuantRequest
@@ -159,13 +159,30 @@ def test_layers_that_some_calls_skip(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("no_plots")
-def test_lists_that_take_turns_are_refused(tmp_path: Path) -> None:
+def test_lists_that_take_turns(tmp_path: Path) -> None:
+    """A block of space, a block of time, and so on."""
+    model = build("LatteTransformer3DModel", LATTE, tmp_path / "model")
+    lists = ("transformer_blocks", "temporal_transformer_blocks")
+    running = [unit.name for unit in open_transformer(model, "transformer").running]
+    assert running == [f"{name}.{i}" for i in range(2) for name in lists]
+    call = {
+        "hidden_states": drawn(1, 4, 2, 8, 8),
+        "timestep": torch.tensor([50]),
+        "encoder_hidden_states": drawn(1, 5, 24),
+    }
+    assert_scales(model, [call], quantize(model, tmp_path / "out", [call]))
+
+
+@pytest.mark.usefixtures("no_plots")
+def test_another_order_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where Slim does not know the order of lists, it says so."""
+    monkeypatch.setattr("slim_sd.loading._IN_TURNS", frozenset())
     model = build("LatteTransformer3DModel", LATTE, tmp_path / "model")
     call = {
         "hidden_states": drawn(1, 4, 2, 8, 8),
         "timestep": torch.tensor([50]),
         "encoder_hidden_states": drawn(1, 5, 24),
     }
-    with pytest.raises(InvalidModelError, match=r"does not run its blocks once each, in order .*without calibration"):
+    with pytest.raises(SlimError, match="exclude the linear or quantize it per_token|run its blocks once each"):
         quantize(model, tmp_path / "out", [call])
     assert not (tmp_path / "out").exists()

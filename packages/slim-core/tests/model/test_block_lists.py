@@ -175,3 +175,11 @@ def test_going_back_is_refused(plain: TwoStreams, tmp_path: Path) -> None:
         with pytest.raises(InvalidModelError, match="block 0 was called where the end was expected"):
             forwards.run_to_end()
             forwards.finish(0)
+
+
+def test_lists_that_take_turns(plain: TwoStreams, tmp_path: Path) -> None:
+    model = replace(opened(plain, tmp_path), in_turns=True)
+    running = ["both.0", "joint.0", "both.1", "joint.1", "joint.2"]
+    assert [unit.name for unit in model.running] == running
+    assert [unit.block for unit in model.running] == list(range(5))
+    assert model.blocks == [model.module.get_submodule(name) for name in running]

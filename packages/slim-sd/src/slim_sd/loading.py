@@ -30,6 +30,7 @@ Names = Literal["original", "diffusers"]
 """Which names the output has: those of the original project, if it has any of its own, or those of diffusers."""
 
 _WAN = "WanTransformer3DModel"
+_IN_TURNS = frozenset({"LatteTransformer3DModel"})  # those whose lists of blocks take turns
 _LARGE_SHARE = 0.2
 _BLOCK = re.compile(r"(.+?)\.(\d+)\.")
 # Linears of a block that read the same input, none of which comes from a norm with a weight that could be scaled.
@@ -84,6 +85,7 @@ def open_transformer(
         attention=Attentions(module, original_name if renamed else str, other_name),
         other_name=other_name,
         scaled_inputs=_WAN_INPUTS if is_wan(config) else None,
+        in_turns=config.get("_class_name") in _IN_TURNS,
         skips=True,
     )
 
@@ -109,6 +111,8 @@ def open_written(original: StreamedModel, source: TensorSource, folder: Path, sk
         skip,
         attention,
         other_name=original.other_name,
+        in_turns=original.in_turns,
+        skips=original.skips,
     )
     return rotate_queries_and_keys(model, stored_rotations(attention.attentions, source))
 

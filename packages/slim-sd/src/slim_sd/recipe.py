@@ -51,13 +51,19 @@ Settings = Annotated[Mapping[str, Any], BeforeValidator(_without_nulls), AfterVa
 class DumpConfig(StrictModel):
     """How calibration inputs are captured, and where they are kept."""
 
-    capture_mode: Literal["args"] = Field(default="args", description="What is captured: the arguments of the transformer")
+    capture_mode: Literal["args"] = Field(
+        default="args", description="What is captured: the arguments of the transformer"
+    )
     dump_data_dir: str = Field(
-        default="", max_length=4096, description="Folder of calib_data.pth, which is used if it is there. Default: save_path"
+        default="",
+        max_length=4096,
+        description="Folder of calib_data.pth, which is used if it is there. Default: save_path",
     )
     enable_dump: bool = Field(default=True, description="Whether a missing calib_data.pth may be captured")
     time_steps: int | None = Field(
-        default=None, ge=1, description="Calibrate on so many sampling steps, evenly spread. Default: all that were captured"
+        default=None,
+        ge=1,
+        description="Calibrate on so many sampling steps, evenly spread. Default: all that were captured",
     )
 
 
@@ -66,7 +72,8 @@ class SdConfig(StrictModel):
 
     dump_config: DumpConfig = Field(default_factory=DumpConfig, description="Capture of calibration inputs")
     tensor_names: Literal["original", "diffusers"] = Field(
-        default="original", description="Whose names Wan's tensors are written under; MindIE-SD wants those of its own project"
+        default="original",
+        description="Whose names Wan's tensors are written under; MindIE-SD wants those of its own project",
     )
     settings: Settings = Field(default_factory=dict, alias="model_config", description="What the pipeline generates")
     newer: Settings | None = Field(default=None, alias="inference_config", description="Another name of model_config")

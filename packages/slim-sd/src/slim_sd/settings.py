@@ -48,6 +48,7 @@ def _has_a_middle_frame(value: int) -> int:
 
 
 Prompt = Annotated[str, Field(max_length=10_000), AfterValidator(_says_something)]
+Scale = Annotated[Number, Field(ge=0)]
 Frames = Annotated[int, Field(ge=1, le=10_000), AfterValidator(_has_a_middle_frame)]
 
 
@@ -70,7 +71,7 @@ class WanSettings(StrictModel):
     sample_shift: float | None = Field(
         None, gt=0, description="Shift of the noise schedule. Default: by model and size"
     )
-    sample_guide_scale: Number | tuple[Number, Number] | None = Field(
+    sample_guide_scale: Scale | tuple[Scale, Scale] | None = Field(
         None, description="Guidance scale; of two experts first that for low noise. Default: 5.0, or by model"
     )
     base_seed: int = Field(-1, ge=-1, lt=2**63, description=f"Seed of the noise; -1 is {SEED}")

@@ -205,9 +205,9 @@ def test_a_file_without_sidecar(tmp_path: Path) -> None:
     [
         ({"hidden_states": torch.zeros(1, 5, 2, 3, 3)}, r"tensor of shape \[1, 5, 2, 3, 3\], and .* 4 channels"),
         ({"hidden_states": torch.zeros(1, 4)}, "floats with 3 to 6 dimensions"),
-        ({"hidden_states": torch.zeros(1, 4, 2, 3, 3, dtype=torch.int64)}, "floats with 3 to 5"),
+        ({"hidden_states": torch.zeros(1, 4, 2, 3, 3, dtype=torch.int64)}, "floats with 3 to 6"),
         ({"hidden_states": [torch.zeros(4, 2, 3, 3)]}, "hidden_states is a list"),
-        ({"timestep": torch.zeros(1, 2, 3)}, "a number or a tensor"),
+        ({"timestep": torch.zeros(1, 1, 2, 3)}, "a number or a tensor"),
         ({"timestep": None}, "timestep is a NoneType"),
         ({"encoder_hidden_states": torch.zeros(1, 5, 7)}, "6 numbers per token"),
         ({"encoder_hidden_states": torch.zeros(5, 6)}, "with 3 or 4 dimensions"),

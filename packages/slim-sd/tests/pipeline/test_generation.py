@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -158,3 +159,16 @@ def test_wan_folders_of_both_layouts(pipeline_folder: PipelineFolder, name: str,
     made = general(pipeline_folder(name, layout=layout), size="64*64", frame_num=5, sample_steps=3)
     assert ("guidance_scale_2" in made.arguments) == (name == "wan2_2_t2v")
     assert made.tokens == 2 * (16 if name != "wan2_2_ti2v" else 4)
+
+
+def test_pictures_are_recognised_by_what_they_show(
+    pipeline_folder: PipelineFolder, tmp_path: Path, tiny_pipelines: ModuleType
+) -> None:
+    model, facts = pipeline_folder("wan2_1_i2v"), []
+    for name, seed in (("one.png", 0), ("copy.png", 0), ("other.png", 1)):
+        tiny_pipelines.parts.picture(32, 32, seed).save(tmp_path / name)
+        made = general(model, size="64*64", frame_num=5, image=str(tmp_path / name))
+        assert made.arguments["image"] == str(tmp_path / name)
+        facts.append(made.facts)
+    assert facts[0] == facts[1]
+    assert facts[0] != facts[2]

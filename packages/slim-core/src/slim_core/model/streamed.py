@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager, nullcontext
 from copy import copy
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,7 @@ class StreamedModel:
         scaled_inputs: groups of linears that read the same input, by their names below a block, whose input may be
             scaled while the model runs where nothing can be folded; None: found by running the blocks.
         towers: dotted names of the modules that each run at most once ahead of the blocks, in the order of their calls.
+        in_turns: whether the lists of blocks take turns: the first block of each, the second of each and so on.
         skips: whether a forward may pass blocks by.
         tower_example: gives keyword arguments of the model for one short sample that makes all its towers run.
 
@@ -77,6 +79,7 @@ class StreamedModel:
     other_name: Callable[[str], str] | None = None
     towers: tuple[str, ...] = ()
     tower_example: Callable[[], Mapping[str, Any]] | None = None
+    in_turns: bool = False
     skips: bool = False
     units: list[Unit] = field(default_factory=list[Unit], init=False)
 
@@ -93,7 +96,12 @@ class StreamedModel:
     @property
     def blocks(self) -> list[nn.Module]:
         """The decoder blocks, in order."""
-        return [block for name in self.block_lists for block in self._list(name)]
+        return [self.module.get_submodule(name) for name in self._block_names()]
+
+    def _block_names(self) -> list[str]:
+        lists = [[f"{name}.{i}" for i in range(len(self._list(name)))] for name in self.block_lists]
+        order = zip_longest(*lists) if self.in_turns else lists
+        return [name for names in order for name in names if name is not None]
 
     @property
     def stops(self) -> list[nn.Module]:
@@ -220,8 +228,7 @@ class StreamedModel:
         owners = [self.owner(name) for name in order]
         towers = len(self.towers)
         first = next((i for i, owner in enumerate(owners) if owner is not None and owner not in self.towers), 0)
-        blocks = [f"{name}.{i}" for name in self.block_lists for i in range(len(self._list(name)))]
-        stops = [*self.towers, *blocks]
+        stops = [*self.towers, *self._block_names()]
         groups: dict[str, list[str]] = {name: [] for name in ("prologue", *stops, "epilogue")}
         for position, name in enumerate(order):
             groups[owners[position] or ("prologue" if position < first else "epilogue")].append(name)

@@ -96,7 +96,7 @@ def check_structure(arguments: Mapping[str, Any], config: Mapping[str, Any], whe
     Channels may be any number that the configuration has for some: not every class calls those of its latents so.
     """
     hidden = arguments.get("hidden_states")
-    if "hidden_states" in arguments and not _is_list_of_tensors(hidden):
+    if "hidden_states" in arguments:
         if not isinstance(hidden, Tensor) or not 3 <= hidden.ndim <= 6 or not hidden.is_floating_point():
             _misfit(where, "hidden_states", hidden, "a tensor of floats with 3 to 6 dimensions")
         channels = config.get("in_channels")
@@ -107,25 +107,17 @@ def check_structure(arguments: Mapping[str, Any], config: Mapping[str, Any], whe
         if isinstance(channels, int) and not packed and known.isdisjoint(places):
             _misfit(where, "hidden_states", hidden, f"{channels} channels")
     timestep = arguments.get("timestep")
-    if timestep is not None and not (
+    if "timestep" in arguments and not (
         (isinstance(timestep, Tensor) and timestep.ndim <= 3) or isinstance(timestep, (int, float))
     ):
         _misfit(where, "timestep", timestep, "a number or a tensor with up to 3 dimensions")
     text = arguments.get("encoder_hidden_states")
     if text is not None:
         width = next((config[name] for name in _TEXT_WIDTHS if isinstance(config.get(name), int)), None)
-        if _is_list_of_tensors(text):
-            return
         if not isinstance(text, Tensor) or not 3 <= text.ndim <= 4:
             _misfit(where, "encoder_hidden_states", text, "a tensor with 3 or 4 dimensions")
         if width is not None and text.shape[-1] != width:
             _misfit(where, "encoder_hidden_states", text, f"{width} numbers per token")
-
-
-def _is_list_of_tensors(value: Any) -> bool:
-    if not isinstance(value, (list, tuple)) or not value:
-        return False
-    return all(isinstance(item, Tensor) for item in cast("Sequence[Any]", value))
 
 
 def _misfit(where: str, name: str, found: Any, expected: str) -> NoReturn:

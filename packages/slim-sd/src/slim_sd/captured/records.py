@@ -1,7 +1,7 @@
 """Calibration inputs as a sequence of calls, read lazily from ``calib_data.pth``, and the choice of time steps.
 
-Reading is safe whatever the file is, see :mod:`slim_sd.captured.archive`. Files that Slim wrote have a sidecar that says
-what they were captured from. Files of msModelSlim have none: their records are held against the model instead, and
+Reading is safe whatever the file is, see :mod:`slim_sd.captured.archive`. Files that Slim wrote have a sidecar that
+says what they were captured from. Files of msModelSlim have none: their records are held against the model instead, and
 those of the original Wan project translated.
 """
 

@@ -42,8 +42,8 @@ def build_pipeline(
 
     Args:
         folder: the model folder.
-        transformers: modules for exactly the components that :func:`slim_sd.pipeline.folders.transformer_folders` names; they
-            are used as they are.
+        transformers: modules for exactly the components that :func:`slim_sd.pipeline.folders.transformer_folders`
+            names; they are used as they are.
         dtype: of text and image encoders and of the VAE; None is what their files are stored in. The VAE of Wan is
             always float32.
         solver: ``unipc`` or ``dpm++`` instead of the model's own scheduler, Wan only.

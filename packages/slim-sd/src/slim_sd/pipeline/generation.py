@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import re
 from collections.abc import Callable, Mapping
@@ -217,9 +218,12 @@ def planned_generation(folder: Path, recipe: Recipe, spec: SpecSd) -> Generation
     else:
         made = general_generation(settings_of(recipe, spec, GeneralSettings), folder, config, place)
     pictures = made.arguments.get("image") or ()
-    for picture in [pictures] if isinstance(pictures, str) else pictures:
-        open_picture(Path(picture), place("image"))  # now, not when a large model has been loaded
-    return replace(made, where=place("").rstrip("."))
+    digests = [  # read now, not when a large model has been loaded
+        hashlib.sha256(open_picture(Path(picture), place("image")).tobytes()).hexdigest()
+        for picture in ([pictures] if isinstance(pictures, str) else pictures)
+    ]
+    facts = {**made.facts, "image": digests} if digests else made.facts  # wherever the pictures lie
+    return replace(made, facts=facts, where=place("").rstrip("."))
 
 
 def _expands_timesteps(folder: Path) -> bool:

@@ -93,7 +93,8 @@ def load_vae(file: Path, dtype: torch.dtype = torch.float32) -> AutoencoderKLWan
         dtype: of the parameters; float32 is what the project itself decodes with.
 
     Raises:
-        InvalidModelError, SecurityError: as :func:`slim_sd.wan.pth_files.load_pth`, or tensors are missing or misshapen.
+        InvalidModelError, SecurityError: as :func:`slim_sd.wan.pth_files.load_pth`, or tensors are missing or have
+            other shapes.
         UnsupportedError: another number of latent channels than 16 or 48, or attention between levels.
     """
     from accelerate import init_empty_weights
