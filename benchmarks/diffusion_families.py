@@ -1,10 +1,11 @@
 """Which diffusion transformers of the installed diffusers Slim takes as they are: all of them are tried.
 
 Of every ``*Transformer*Model`` a tiny random instance is built and saved as the only component of a Diffusers folder.
-``python -m slim_sd quant`` quantizes it to W8A8 dynamic, without data, and ``slim verify --engine mindie-sd`` judges the
-files against the original. Where a call of the class is known (``tiny_transformers.py``), four such calls are written
-into a ``calib_data.pth`` by hand; the model run block by block must give what its plain forward gives, bit for bit, and
-a static W8A8 recipe is calibrated on them and verified.
+``python -m slim_sd quant`` quantizes it to W8A8 dynamic, without data, and ``slim verify --engine mindie-sd`` judges
+the files against the original. Where a call of the class is known (``tiny_transformers.py``), four such calls are
+written into a ``calib_data.pth`` by hand; the model run block by block must give what its plain forward gives, bit for
+bit, and a static W8A8 recipe is calibrated on them and verified. Linears that none of these calls reach, because they
+are for an input that was left out, are excluded, as Slim asks for.
 
 python benchmarks/diffusion_families.py                    all of them, one process each, one line each
 python benchmarks/diffusion_families.py --only FluxTransformer2DModel
@@ -21,7 +22,7 @@ import multiprocessing
 import tempfile
 import warnings
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,8 +39,8 @@ from slim_core.errors import SlimError
 from slim_core.evaluation.verify import verify_folder
 from slim_core.runners.calibration import BlockForwards
 from slim_sd.captured.recorder import forward_parameters
-from slim_sd.loading import open_transformer
 from slim_sd.captured.records import open_records
+from slim_sd.loading import open_transformer
 
 __all__ = ["Outcome", "survey"]
 
@@ -133,9 +134,11 @@ def build(name: str, folder: Path) -> Path:
     return folder
 
 
-def _quantized(model: Path, folder: Path, act: Mapping[str, Any], calls: Path | None = None) -> str:
+def _quantized(
+    model: Path, folder: Path, act: Mapping[str, Any], calls: Path | None = None, idle: Sequence[str] = ()
+) -> str:
     """By the real command, and verified."""
-    rule = {"type": "linear_quant", "qconfig": {"act": act, "weight": WEIGHT}}
+    rule = {"type": "linear_quant", "qconfig": {"act": act, "weight": WEIGHT}, "exclude": list(idle)}
     config = {} if calls is None else {"dump_config": {"dump_data_dir": str(calls), "enable_dump": False}}
     spec = {"process": [rule], "multimodal_sd_config": config}
     recipe, out = folder / "recipe.yaml", folder / ("dynamic" if calls is None else "static")
@@ -169,8 +172,17 @@ def _calibrated(name: str, model: Path, folder: Path) -> str:
     torch.save([[call.get(parameter) for parameter in parameters] for call in made], calls / "calib_data.pth")
     everything = [key for unit in streamed.units for key in unit.parameters]
     streamed.load(everything, CPU)
+    linears = {info.name for unit in streamed.units for info in unit.linears if info.in_block}
+    idle = set(linears)
+    handles = [
+        module.register_forward_pre_hook(lambda *_, key=key: idle.discard(key))
+        for key, module in streamed.module.named_modules()
+        if key in linears
+    ]
     with torch.no_grad():
         wanted = [_tensors(streamed.module(**call)) for call in made]
+    for handle in handles:
+        handle.remove()
     records = open_records(
         calls / "calib_data.pth", parameters=parameters, fingerprint=None, settings=None, config=streamed.config
     )
@@ -189,11 +201,17 @@ def _calibrated(name: str, model: Path, folder: Path) -> str:
             if not all(torch.equal(one, other) for one, other in zip(want, found, strict=True)):
                 raise _WrongError("block by block the output is not that of the plain forward")
     blocks = sum(unit.block is not None for unit in streamed.units)
-    return f"{blocks} blocks of {', '.join(streamed.block_lists)} bit-equal; {_quantized(model, folder, STATIC, calls)}"
+    static = _quantized(model, folder, STATIC, calls, sorted(idle))
+    excluded = f" ({len(idle)} excluded that no call reaches)" if idle else ""
+    return f"{blocks} blocks of {', '.join(streamed.block_lists)} bit-equal; {static}{excluded}"
 
 
 def _tensors(output: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(dict(output) if isinstance(output, Mapping) else output) if isinstance(leaf, Tensor)]
+    return [
+        leaf
+        for leaf in tree_leaves(dict(output) if isinstance(output, Mapping) else output)
+        if isinstance(leaf, Tensor)
+    ]
 
 
 def _apart(name: str, keep: Path | None) -> Outcome:

@@ -247,15 +247,7 @@ def _idle(reference: Any, linears: set[str], inputs: list[Any]) -> list[str]:
 
 def _unit_by_unit(model: StreamedModel, inputs: list[Any]) -> list[Tensor]:
     with torch.no_grad(), BlockForwards(model, inputs, CPU) as forwards:
-        for unit in model.running:
-            forwards.reach(unit)
-            model.load(unit.parameters, CPU)
-            if unit is model.running[-1]:
-                forwards.run_to_end()
-            else:
-                forwards.run(hand_on=True)
-            model.unload(unit.parameters)
-        return [forwards.finish(sample).logits for sample in range(len(inputs))]
+        return [output.logits for output in forwards.run_model()]
 
 
 def _sqnr(want: Tensor, have: Tensor) -> float:

@@ -1,105 +1,26 @@
-"""Tiny configurations of the diffusion transformers of diffusers, and a plain call of each that one can make up.
+"""Tiny instances of the diffusion transformers of diffusers, and a short call of each that one can make up.
 
-``CONFIGS`` has what a class needs beside ``SMALL``, whose values take the place of every argument of that name.
-``CALLS`` gives the keyword arguments of the forward, made of a configuration and of two functions: ``noise(*shape)``
-and ``time(value)``.
+``tiny_transformers.json`` has the arguments of their classes: ``small`` what takes the place of every argument of that
+name, and what a class has beside that.
 """
 
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["CALLS", "config_for", "transformer_classes"]
+__all__ = ["CALLS", "call_for", "config_for", "transformer_classes"]
 
-Call = Callable[[Mapping[str, Any], Callable[..., Tensor]], dict[str, Any]]
+Call = Callable[[Mapping[str, Any], Callable[..., Tensor], float], dict[str, Any]]
+"""From a configuration, what draws noise of a shape, and a time step from 0 to 1000 to keyword arguments."""
+
 TEXT, FRAMES, SIDE = 6, 2, 8
-
-SMALL: dict[str, Any] = {
-    **{"num_layers": 2, "num_single_layers": 2, "num_refiner_layers": 1, "n_layers": 2, "n_refiner_layers": 1},
-    **{"num_mmdit_layers": 2, "num_single_dit_layers": 2, "mmdit_layers": 2, "num_hidden_layers": 2, "depth": 2},
-    **{"num_text_blocks": 1, "num_visual_blocks": 2, "num_text_layers": 2, "num_decoder_layers": 1},
-    **{"num_layerwise_text_blocks": 1, "num_refiner_text_blocks": 1, "approximator_layers": 2},
-    **{"num_attention_heads": 2, "attention_head_dim": 32, "n_heads": 2, "n_kv_heads": 2, "num_heads": 2},
-    **{"num_key_value_heads": 2, "num_kv_heads": 2, "head_dim": 32, "num_cross_attention_heads": 2},
-    **{"cross_attention_head_dim": 32, "hidden_size": 64, "dim": 64, "model_dim": 64, "inner_dim": 64},
-    **{"text_dim": 32, "text_embed_dim": 32, "joint_attention_dim": 32, "pooled_projection_dim": 32},
-    **{"caption_channels": 32, "cross_attention_dim": 64, "caption_projection_dim": 64, "context_in_dim": 32},
-    **{"cap_feat_dim": 32, "text_in_dim": 32, "text_hidden_dim": 32, "in_text_dim": 32, "in_text_dim2": 32},
-    **{"llm_features_dim": 32, "condition_dim": 32, "text_embed_2_dim": 32, "image_embed_dim": 32},
-    **{"ffn_dim": 128, "ffn_hidden_size": 128, "intermediate_size": 128, "ff_dim": 128, "ff_inner_dim": 128},
-    **{"freq_dim": 32, "time_embed_dim": 32, "time_dim": 32, "timestep_embed_dim": 32, "adaln_dim": 32},
-    **{"axes_dims_rope": (8, 12, 12), "rope_axes_dim": (8, 12, 12), "axes_dims": (8, 12, 12)},
-    **{"axes_dim_rope": (8, 12, 12), "rope_dim_list": [8, 12, 12], "rope_dim": (8, 12, 12)},
-    **{"sample_size": 8, "pos_embed_max_size": 8, "rope_max_seq_len": 64, "norm_num_groups": 4},
-}
-
-CONFIGS: dict[str, dict[str, Any]] = {
-    "AceStepTransformer1DModel": {"in_channels": 24, "audio_acoustic_hidden_dim": 8, "encoder_hidden_size": 32},
-    "AllegroTransformer3DModel": {"sample_height": 8, "sample_width": 8, "sample_frames": 2, "attention_head_dim": 36, "cross_attention_dim": 72},
-    "BriaFibo2Transformer2DModel": {"in_channels": 4, "injection_layer_ids": (0, 1), "perceiver_num_layers": 1, "min_num_gist_tokens": 2, "max_num_gist_tokens": 4, "gist_step": 1, "gist_min_text_len": 2, "gist_max_text_len": 8, "axes_lens": (64, 64, 64)},
-    "BriaFiboTransformer2DModel": {"in_channels": 16, "text_encoder_dim": 32, "pooled_projection_dim": None, "joint_attention_dim": 64},
-    "BriaTransformer2DModel": {"in_channels": 16, "pooled_projection_dim": None},
-    "ChromaTransformer2DModel": {"in_channels": 16, "approximator_num_channels": 8, "approximator_hidden_dim": 64},
-    "CogVideoXTransformer3DModel": {"in_channels": 4, "out_channels": 4, "sample_width": 8, "sample_height": 8, "sample_frames": 5, "max_text_seq_length": TEXT},
-    "CogView3PlusTransformer2DModel": {"in_channels": 4, "out_channels": 4},
-    "CogView4Transformer2DModel": {"in_channels": 4, "out_channels": 4, "rope_axes_dim": (8, 8)},
-    "ConsisIDTransformer3DModel": {"in_channels": 4, "out_channels": 4, "sample_width": 8, "sample_height": 8, "sample_frames": 5, "max_text_seq_length": TEXT, "is_train_face": True, "is_kps": False, "cross_attn_interval": 1, "cross_attn_dim_head": 16, "cross_attn_num_heads": 2, "LFE_id_dim": 16, "LFE_vit_dim": 16, "LFE_depth": 5, "LFE_dim_head": 16, "LFE_num_heads": 2, "LFE_num_querie": 4, "LFE_output_dim": 42, "LFE_ff_mult": 1, "LFE_num_scale": 1},
-    "CosmosTransformer3DModel": {"in_channels": 4, "out_channels": 4, "adaln_lora_dim": 8, "max_size": (4, 16, 16), "concat_padding_mask": False},
-    "DiTTransformer2DModel": {"num_embeds_ada_norm": 10},
-    "DreamLiteTransformer2DModel": {"in_channels": 64, "cross_attention_dim": 32, "num_kv_heads": None, "norm_num_groups": 8},
-    "EasyAnimateTransformer3DModel": {"in_channels": 4, "out_channels": 4, "patch_size": 2, "sample_width": 8, "sample_height": 8},
-    "ErnieImageTransformer2DModel": {"in_channels": 16, "out_channels": 16},
-    "Flux2Transformer2DModel": {"in_channels": 16, "timestep_guidance_channels": 32, "axes_dims_rope": (8, 8, 8, 8)},
-    "Flux3Transformer2DModel": {"in_channels": 16, "cond_in_channels": 16, "timestep_channels": 32, "axes_dims_rope": (8, 8, 8, 8)},
-    "FluxTransformer2DModel": {"in_channels": 16},
-    "GlmImageTransformer2DModel": {"in_channels": 4, "out_channels": 4, "prior_vq_quantizer_codebook_size": 16},
-    "HiDreamImageTransformer2DModel": {"patch_size": 2, "in_channels": 4, "caption_channels": [32, 32], "text_emb_dim": 32, "axes_dims_rope": (8, 12, 12), "max_resolution": (8, 8), "llama_layers": [0, 1, 2, 3]},
-    "HunyuanImageTransformer2DModel": {"in_channels": 4, "out_channels": 4, "rope_axes_dim": (16, 16)},
-    "HunyuanVideo15Transformer3DModel": {"in_channels": 9, "out_channels": 4, "target_size": 16},
-    "HunyuanVideoFramepackTransformer3DModel": {"in_channels": 4, "out_channels": 4, "has_image_proj": True, "image_proj_dim": 32, "has_clean_x_embedder": True},
-    "HunyuanVideoTransformer3DModel": {"in_channels": 4, "out_channels": 4},
-    "Ideogram4Transformer2DModel": {"in_channels": 16, "mrope_section": (6, 5, 5)},
-    "Kandinsky6SRTransformer3DModel": {"in_visual_dim": 4, "out_visual_dim": 8},
-    "Kandinsky6Transformer3DModel": {"in_visual_dim": 4, "out_visual_dim": 4, "in_audio_dim": 4, "out_audio_dim": 4},
-    "Krea2Transformer2DModel": {"in_channels": 16, "text_num_attention_heads": 2, "text_num_key_value_heads": 2, "text_intermediate_size": 64, "text_hidden_dim": 64},
-    "LTX2VideoTransformer3DModel": {"in_channels": 8, "out_channels": 8, "audio_in_channels": 8, "audio_out_channels": 8, "audio_num_attention_heads": 2, "audio_attention_head_dim": 16, "audio_cross_attention_dim": 32, "use_prompt_embeddings": True},
-    "LTXVideoTransformer3DModel": {"in_channels": 8, "out_channels": 8},
-    "LatteTransformer3DModel": {"in_channels": 4, "out_channels": 4, "patch_size": 2, "num_embeds_ada_norm": 1000, "norm_type": "ada_norm_single", "norm_elementwise_affine": False, "activation_fn": "gelu-approximate", "attention_bias": True, "video_length": FRAMES},
-    "LongCatImageTransformer2DModel": {"in_channels": 16},
-    "Lumina2Transformer2DModel": {"in_channels": 4, "multiple_of": 16, "axes_lens": (64, 64, 64)},
-    "MiniMaxH3Transformer3DModel": {"in_channels": 4, "audio_in_channels": 4, "time_embed_hidden_dim": 64, "rope_freq_dim": 4},
-    "MiniMaxMusic3Transformer1DModel": {"in_channels": 8, "rotary_dim": 16, "fourier_embedding_dim": 32},
-    "MochiTransformer3DModel": {"in_channels": 4, "max_sequence_length": 16},
-    "MotifVideoTransformer3DModel": {"in_channels": 9, "out_channels": 4, "num_layers": 2, "num_single_layers": 3},
-    "NucleusMoEImageTransformer2DModel": {"in_channels": 16, "num_experts": 4, "moe_intermediate_dim": 32, "capacity_factors": 2.0, "dense_moe_strategy": "leave_first_block_dense"},
-    "OmniGenTransformer2DModel": {"vocab_size": 64, "pad_token_id": 0, "max_position_embeddings": 128, "original_max_position_embeddings": 64, "rope_scaling": {"short_factor": [1.0] * 16, "long_factor": [1.0] * 16}, "time_step_dim": 32, "pos_embed_max_size": 8},
-    "OvisImageTransformer2DModel": {"in_channels": 16, "out_channels": 16},
-    "PRXTransformer2DModel": {"in_channels": 4, "axes_dim": [16, 16]},
-    "PixArtTransformer2DModel": {"out_channels": 8, "use_additional_conditions": False},
-    "QwenImage21Transformer2DModel": {"in_channels": 16, "out_channels": 16},
-    "QwenImageTransformer2DModel": {"in_channels": 16, "out_channels": 4},
-    "SD3Transformer2DModel": {"in_channels": 4, "out_channels": 4, "dual_attention_layers": (0,), "qk_norm": "rms_norm"},
-    "SanaTransformer2DModel": {"in_channels": 4, "out_channels": 4},
-    "SanaVideoTransformer3DModel": {"in_channels": 4, "out_channels": 4},
-    "SanaWMLTX2RefinerTransformer3DModel": {"in_channels": 8, "out_channels": 8, "audio_in_channels": 8, "audio_out_channels": 8, "audio_num_attention_heads": 2, "audio_attention_head_dim": 16, "audio_cross_attention_dim": 32},
-    "SanaWMTransformer3DModel": {"in_channels": 4, "linear_head_dim": 32, "softmax_every_n": 2, "chunk_plucker_channels": 6, "chunk_plucker_post_attn_blocks": 2, "image_size": 64},
-    "Transformer2DModel": {"in_channels": 64, "norm_num_groups": 8, "cross_attention_dim": 32, "sample_size": None, "caption_channels": None},
-    "TransformerTemporalModel": {"in_channels": 64, "norm_num_groups": 8, "cross_attention_dim": None, "sample_size": None},
-    "WanAnimate2Transformer3DModel": {"in_dim": 12, "out_dim": 4, "text_len": TEXT},
-    "WanAnimateTransformer3DModel": {"in_channels": 12, "latent_channels": 4, "out_channels": 4, "image_dim": 32, "added_kv_proj_dim": 64, "motion_encoder_channel_sizes": {"4": 16, "8": 16, "16": 16}, "motion_encoder_size": 16, "motion_style_dim": 16, "motion_dim": 4, "motion_encoder_dim": 16, "face_encoder_hidden_dim": 16, "face_encoder_num_heads": 2, "inject_face_latents_blocks": 2},
-    "WanVACETransformer3DModel": {"in_channels": 4, "out_channels": 4, "vace_layers": [0, 1], "vace_in_channels": 12},
-    "ZImageTransformer2DModel": {"in_channels": 4, "axes_lens": [64, 64, 64]},
-}
-for _name in ("AnyFlowFARTransformer3DModel", "AnyFlowTransformer3DModel", "ChronoEditTransformer3DModel", "HeliosTransformer3DModel"):
-    CONFIGS[_name] = {"in_channels": 4, "out_channels": 4}
-for _name in ("SkyReelsV2Transformer3DModel", "WanTransformer3DModel", "JoyImageEditPlusTransformer3DModel"):
-    CONFIGS[_name] = {"in_channels": 4, "out_channels": 4}
-CONFIGS["JoyImageEditTransformer3DModel"] = {"in_channels": 4, "out_channels": 4}
 
 
 def transformer_classes() -> list[str]:
@@ -113,14 +34,26 @@ def config_for(name: str) -> dict[str, Any]:
     """Arguments that make a tiny instance of a class."""
     import diffusers
 
+    every = json.loads(Path(__file__).with_suffix(".json").read_text("utf-8"))
+    small = {key: value for keys, value in every["small"].items() for key in keys.split()}
     known = inspect.signature(inspect.unwrap(getattr(diffusers, name).__init__)).parameters
-    config = {key: value for key, value in SMALL.items() if key in known}
-    if name.startswith("Kandinsky") or known.get("image_embed_dim") is None:
-        config.pop("image_embed_dim", None)
-    return config | CONFIGS.get(name, {})
+    return {key: value for key, value in small.items() if key in known} | every.get(name, {})
+
+
 def _picture(config: Mapping[str, Any], noise: Callable[..., Tensor], time: float) -> dict[str, Any]:
     """Latents of a picture and states of a text."""
-    width = next(config[key] for key in ("text_embed_dim", "joint_attention_dim", "caption_channels", "cap_feat_dim", "cross_attention_dim", "context_in_dim") if config.get(key))
+    width = next(
+        config[key]
+        for key in (
+            "text_embed_dim",
+            "joint_attention_dim",
+            "caption_channels",
+            "cap_feat_dim",
+            "cross_attention_dim",
+            "context_in_dim",
+        )
+        if config.get(key)
+    )
     return {
         "hidden_states": noise(1, config["in_channels"], SIDE, SIDE),
         "encoder_hidden_states": noise(1, TEXT, width),
@@ -164,70 +97,333 @@ _PIXELS = torch.tensor([[64.0, 64.0]])
 _CORNER = torch.zeros(1, 2)
 
 CALLS: dict[str, Call] = {
-    "AceStepTransformer1DModel": lambda c, noise, time: {"hidden_states": noise(1, 16, c["audio_acoustic_hidden_dim"]), "timestep": torch.tensor([time / 1000]), "timestep_r": torch.tensor([time / 1000]), "encoder_hidden_states": noise(1, TEXT, c["encoder_hidden_size"]), "context_latents": noise(1, 16, c["in_channels"] - c["audio_acoustic_hidden_dim"])},
-    "AllegroTransformer3DModel": lambda c, noise, time: _video(c, noise, time) | {"attention_mask": torch.ones(1, FRAMES, SIDE, SIDE), "encoder_attention_mask": torch.ones(1, TEXT), "image_rotary_emb": _allegro_rope(c)},
-    "AnyFlowTransformer3DModel": lambda c, noise, time: _frames_first(c, noise, time) | {"timestep": torch.full((1, FRAMES), time), "r_timestep": torch.full((1, FRAMES), time)},
-    "AnyFlowFARTransformer3DModel": lambda c, noise, time: _frames_first(c, noise, time) | {"timestep": torch.full((1, FRAMES), time), "r_timestep": torch.full((1, FRAMES), time), "chunk_partition": [1, 1]},
+    "AceStepTransformer1DModel": lambda c, noise, time: {
+        "hidden_states": noise(1, 16, c["audio_acoustic_hidden_dim"]),
+        "timestep": torch.tensor([time / 1000]),
+        "timestep_r": torch.tensor([time / 1000]),
+        "encoder_hidden_states": noise(1, TEXT, c["encoder_hidden_size"]),
+        "context_latents": noise(1, 16, c["in_channels"] - c["audio_acoustic_hidden_dim"]),
+    },
+    "AllegroTransformer3DModel": lambda c, noise, time: (
+        _video(c, noise, time)
+        | {
+            "attention_mask": torch.ones(1, FRAMES, SIDE, SIDE),
+            "encoder_attention_mask": torch.ones(1, TEXT),
+            "image_rotary_emb": _allegro_rope(c),
+        }
+    ),
+    "AnyFlowTransformer3DModel": lambda c, noise, time: (
+        _frames_first(c, noise, time)
+        | {"timestep": torch.full((1, FRAMES), time), "r_timestep": torch.full((1, FRAMES), time)}
+    ),
+    "AnyFlowFARTransformer3DModel": lambda c, noise, time: (
+        _frames_first(c, noise, time)
+        | {
+            "timestep": torch.full((1, FRAMES), time),
+            "r_timestep": torch.full((1, FRAMES), time),
+            "chunk_partition": [1, 1],
+        }
+    ),
     "AuraFlowTransformer2DModel": lambda c, noise, time: _picture(c, noise, time / 1000),
-    "BriaFibo2Transformer2DModel": lambda c, noise, time: {"hidden_states": noise(1, c["in_channels"], SIDE, SIDE), "timestep": torch.tensor([time / 1000]), "encoder_hidden_states": noise(1, 1 + len(c["injection_layer_ids"]), TEXT, c["cap_feat_dim"])},
-    "BriaFiboTransformer2DModel": lambda c, noise, time: _tokens(c, noise, time) | {"text_encoder_layers": [noise(1, TEXT, c["text_encoder_dim"]) for _ in range(c["num_layers"] + c["num_single_layers"])]},
+    "BriaFibo2Transformer2DModel": lambda c, noise, time: {
+        "hidden_states": noise(1, c["in_channels"], SIDE, SIDE),
+        "timestep": torch.tensor([time / 1000]),
+        "encoder_hidden_states": noise(1, 1 + len(c["injection_layer_ids"]), TEXT, c["cap_feat_dim"]),
+    },
+    "BriaFiboTransformer2DModel": lambda c, noise, time: (
+        _tokens(c, noise, time)
+        | {
+            "text_encoder_layers": [
+                noise(1, TEXT, c["text_encoder_dim"]) for _ in range(c["num_layers"] + c["num_single_layers"])
+            ]
+        }
+    ),
     "BriaTransformer2DModel": _tokens,
-    "ChromaTransformer2DModel": lambda c, noise, time: _tokens(c, noise, time) | {"attention_mask": torch.ones(1, TEXT + 16, dtype=torch.bool)},
+    "ChromaTransformer2DModel": lambda c, noise, time: (
+        _tokens(c, noise, time) | {"attention_mask": torch.ones(1, TEXT + 16, dtype=torch.bool)}
+    ),
     "ChronoEditTransformer3DModel": _video,
     "CogVideoXTransformer3DModel": _frames_first,
-    "CogView3PlusTransformer2DModel": lambda c, noise, time: _picture(c, noise, time) | {"original_size": _PIXELS, "target_size": _PIXELS, "crop_coords": _CORNER},
-    "CogView4Transformer2DModel": lambda c, noise, time: _picture(c, noise, time) | {"original_size": _PIXELS, "target_size": _PIXELS, "crop_coords": _CORNER},
-    "ConsisIDTransformer3DModel": lambda c, noise, time: _frames_first(c, noise, time) | {"id_cond": noise(1, c["LFE_id_dim"]), "id_vit_hidden": [noise(1, 9, c["LFE_vit_dim"]) for _ in range(c["LFE_num_scale"])]},
-    "CosmosTransformer3DModel": lambda c, noise, time: _video(c, noise, time) | {"timestep": torch.tensor([time / 1000])},
-    "DiTTransformer2DModel": lambda c, noise, time: {"hidden_states": noise(1, c["in_channels"], SIDE, SIDE), "timestep": torch.tensor([int(time)]), "class_labels": torch.tensor([3])},
-    "DreamLiteTransformer2DModel": lambda c, noise, time: {"hidden_states": noise(1, c["in_channels"], 4, 4), "encoder_hidden_states": noise(1, TEXT, c["cross_attention_dim"]), "timestep": torch.tensor([int(time)])},
+    "CogView3PlusTransformer2DModel": lambda c, noise, time: (
+        _picture(c, noise, time) | {"original_size": _PIXELS, "target_size": _PIXELS, "crop_coords": _CORNER}
+    ),
+    "CogView4Transformer2DModel": lambda c, noise, time: (
+        _picture(c, noise, time) | {"original_size": _PIXELS, "target_size": _PIXELS, "crop_coords": _CORNER}
+    ),
+    "ConsisIDTransformer3DModel": lambda c, noise, time: (
+        _frames_first(c, noise, time)
+        | {
+            "id_cond": noise(1, c["LFE_id_dim"]),
+            "id_vit_hidden": [noise(1, 9, c["LFE_vit_dim"]) for _ in range(c["LFE_num_scale"])],
+        }
+    ),
+    "CosmosTransformer3DModel": lambda c, noise, time: (
+        _video(c, noise, time) | {"timestep": torch.tensor([time / 1000])}
+    ),
+    "DiTTransformer2DModel": lambda c, noise, time: {
+        "hidden_states": noise(1, c["in_channels"], SIDE, SIDE),
+        "timestep": torch.tensor([int(time)]),
+        "class_labels": torch.tensor([3]),
+    },
+    "DreamLiteTransformer2DModel": lambda c, noise, time: {
+        "hidden_states": noise(1, c["in_channels"], 4, 4),
+        "encoder_hidden_states": noise(1, TEXT, c["cross_attention_dim"]),
+        "timestep": torch.tensor([int(time)]),
+    },
     "EasyAnimateTransformer3DModel": _video,
-    "ErnieImageTransformer2DModel": lambda c, noise, time: {"hidden_states": noise(1, c["in_channels"], SIDE, SIDE), "timestep": torch.tensor([time]), "text_bth": noise(1, TEXT, c["text_in_dim"]), "text_lens": torch.tensor([TEXT])},
+    "ErnieImageTransformer2DModel": lambda c, noise, time: {
+        "hidden_states": noise(1, c["in_channels"], SIDE, SIDE),
+        "timestep": torch.tensor([time]),
+        "text_bth": noise(1, TEXT, c["text_in_dim"]),
+        "text_lens": torch.tensor([TEXT]),
+    },
     "Flux2Transformer2DModel": lambda c, noise, time: _tokens(c, noise, time) | {"guidance": torch.tensor([3.5])},
     # Every other call edits a picture.
-    "Flux3Transformer2DModel": lambda c, noise, time: _tokens(c, noise, time) | ({"image_cond_hidden_states": noise(1, 16, c["cond_in_channels"]), "image_cond_ids": torch.ones(16, 4)} if time % 400 == 100 else {}),
-    "FluxTransformer2DModel": lambda c, noise, time: _tokens(c, noise, time) | {"pooled_projections": noise(1, c["pooled_projection_dim"])},
-    "GlmImageTransformer2DModel": lambda c, noise, time: _picture(c, noise, time) | {"prior_token_id": torch.arange(16)[None], "prior_token_drop": torch.zeros(1, 16, dtype=torch.bool), "target_size": _PIXELS, "crop_coords": _CORNER},
-    "HeliosTransformer3DModel": lambda c, noise, time: _video(c, noise, time) | {"indices_hidden_states": torch.arange(FRAMES)[None]},
-    "HiDreamImageTransformer2DModel": lambda c, noise, time: {"hidden_states": noise(1, c["in_channels"], SIDE, SIDE), "timesteps": torch.tensor([int(time)]), "encoder_hidden_states_t5": noise(1, TEXT, 32), "encoder_hidden_states_llama3": noise(4, 1, TEXT, 32), "pooled_embeds": noise(1, 32)},
-    "HunyuanImageTransformer2DModel": lambda c, noise, time: _picture(c, noise, time) | {"encoder_attention_mask": _mask(), "encoder_hidden_states_2": noise(1, TEXT, c["text_embed_2_dim"]), "encoder_attention_mask_2": _mask()},
-    "HunyuanVideo15Transformer3DModel": lambda c, noise, time: _video(c, noise, time) | {"timestep": torch.tensor([time]), "encoder_attention_mask": _mask(), "encoder_hidden_states_2": noise(1, TEXT, c["text_embed_2_dim"]), "encoder_attention_mask_2": _mask(), "image_embeds": noise(1, 4, c["image_embed_dim"])},
-    "HunyuanVideoTransformer3DModel": lambda c, noise, time: _video(c, noise, time) | {"encoder_attention_mask": _mask(), "pooled_projections": noise(1, c["pooled_projection_dim"]), "guidance": torch.tensor([6000.0])},
-    "HunyuanVideoFramepackTransformer3DModel": lambda c, noise, time: _video(c, noise, time) | {"encoder_attention_mask": _mask(), "pooled_projections": noise(1, c["pooled_projection_dim"]), "guidance": torch.tensor([6000.0]), "image_embeds": noise(1, 4, c["image_proj_dim"]), "indices_latents": torch.arange(FRAMES), "latents_clean": noise(1, c["in_channels"], 1, SIDE, SIDE), "indices_latents_clean": torch.arange(1), "latents_history_2x": noise(1, c["in_channels"], 2, SIDE, SIDE), "indices_latents_history_2x": torch.arange(2), "latents_history_4x": noise(1, c["in_channels"], 4, SIDE, SIDE), "indices_latents_history_4x": torch.arange(4)},
-    "Ideogram4Transformer2DModel": lambda c, noise, time: {"hidden_states": noise(1, TEXT + 16, c["in_channels"]), "timestep": torch.tensor([time / 1000]), "encoder_hidden_states": noise(1, TEXT + 16, c["llm_features_dim"]), "position_ids": torch.arange(TEXT + 16)[None, :, None].expand(1, -1, 3).contiguous(), "segment_ids": torch.zeros(1, TEXT + 16, dtype=torch.int64), "indicator": torch.tensor([[3] * TEXT + [2] * 16])},
+    "Flux3Transformer2DModel": lambda c, noise, time: (
+        _tokens(c, noise, time)
+        | (
+            {"image_cond_hidden_states": noise(1, 16, c["cond_in_channels"]), "image_cond_ids": torch.ones(16, 4)}
+            if time % 400 == 100
+            else {}
+        )
+    ),
+    "FluxTransformer2DModel": lambda c, noise, time: (
+        _tokens(c, noise, time) | {"pooled_projections": noise(1, c["pooled_projection_dim"])}
+    ),
+    "GlmImageTransformer2DModel": lambda c, noise, time: (
+        _picture(c, noise, time)
+        | {
+            "prior_token_id": torch.arange(16)[None],
+            "prior_token_drop": torch.zeros(1, 16, dtype=torch.bool),
+            "target_size": _PIXELS,
+            "crop_coords": _CORNER,
+        }
+    ),
+    "HeliosTransformer3DModel": lambda c, noise, time: (
+        _video(c, noise, time) | {"indices_hidden_states": torch.arange(FRAMES)[None]}
+    ),
+    "HiDreamImageTransformer2DModel": lambda c, noise, time: {
+        "hidden_states": noise(1, c["in_channels"], SIDE, SIDE),
+        "timesteps": torch.tensor([int(time)]),
+        "encoder_hidden_states_t5": noise(1, TEXT, 32),
+        "encoder_hidden_states_llama3": noise(4, 1, TEXT, 32),
+        "pooled_embeds": noise(1, 32),
+    },
+    "HunyuanImageTransformer2DModel": lambda c, noise, time: (
+        _picture(c, noise, time)
+        | {
+            "encoder_attention_mask": _mask(),
+            "encoder_hidden_states_2": noise(1, TEXT, c["text_embed_2_dim"]),
+            "encoder_attention_mask_2": _mask(),
+        }
+    ),
+    "HunyuanVideo15Transformer3DModel": lambda c, noise, time: (
+        _video(c, noise, time)
+        | {
+            "timestep": torch.tensor([time]),
+            "encoder_attention_mask": _mask(),
+            "encoder_hidden_states_2": noise(1, TEXT, c["text_embed_2_dim"]),
+            "encoder_attention_mask_2": _mask(),
+            "image_embeds": noise(1, 4, c["image_embed_dim"]),
+        }
+    ),
+    "HunyuanVideoTransformer3DModel": lambda c, noise, time: (
+        _video(c, noise, time)
+        | {
+            "encoder_attention_mask": _mask(),
+            "pooled_projections": noise(1, c["pooled_projection_dim"]),
+            "guidance": torch.tensor([6000.0]),
+        }
+    ),
+    "HunyuanVideoFramepackTransformer3DModel": lambda c, noise, time: (
+        _video(c, noise, time)
+        | {
+            "encoder_attention_mask": _mask(),
+            "pooled_projections": noise(1, c["pooled_projection_dim"]),
+            "guidance": torch.tensor([6000.0]),
+            "image_embeds": noise(1, 4, c["image_proj_dim"]),
+            "indices_latents": torch.arange(FRAMES),
+            "latents_clean": noise(1, c["in_channels"], 1, SIDE, SIDE),
+            "indices_latents_clean": torch.arange(1),
+            "latents_history_2x": noise(1, c["in_channels"], 2, SIDE, SIDE),
+            "indices_latents_history_2x": torch.arange(2),
+            "latents_history_4x": noise(1, c["in_channels"], 4, SIDE, SIDE),
+            "indices_latents_history_4x": torch.arange(4),
+        }
+    ),
+    "Ideogram4Transformer2DModel": lambda c, noise, time: {
+        "hidden_states": noise(1, TEXT + 16, c["in_channels"]),
+        "timestep": torch.tensor([time / 1000]),
+        "encoder_hidden_states": noise(1, TEXT + 16, c["llm_features_dim"]),
+        "position_ids": torch.arange(TEXT + 16)[None, :, None].expand(1, -1, 3).contiguous(),
+        "segment_ids": torch.zeros(1, TEXT + 16, dtype=torch.int64),
+        "indicator": torch.tensor([[3] * TEXT + [2] * 16]),
+    },
     "JoyImageEditTransformer3DModel": _video,
-    "JoyImageEditPlusTransformer3DModel": lambda c, noise, time: {"hidden_states": noise(1, 16, c["in_channels"], 1, 2, 2), "timestep": torch.tensor([int(time)]), "encoder_hidden_states": noise(1, TEXT, c["text_dim"]), "encoder_hidden_states_mask": _mask(), "shape_list": [[(1, 4, 4)]]},
-    "Kandinsky5Transformer3DModel": lambda c, noise, time: {"hidden_states": noise(1, FRAMES, SIDE, SIDE, c["in_visual_dim"]), "encoder_hidden_states": noise(1, TEXT, c["in_text_dim"]), "timestep": torch.tensor([time]), "pooled_projections": noise(1, c["in_text_dim2"]), "visual_rope_pos": [torch.arange(FRAMES), torch.arange(SIDE // 2), torch.arange(SIDE // 2)], "text_rope_pos": torch.arange(TEXT), "scale_factor": [1.0, 1.0, 1.0]},
-    "Kandinsky6Transformer3DModel": lambda c, noise, time: {"hidden_states": noise(1, FRAMES, SIDE, SIDE, 2 * c["in_visual_dim"] + 1), "encoder_hidden_states": noise(1, TEXT, c["in_text_dim"]), "pooled_projections": noise(1, c["in_text_dim2"]), "timestep": torch.tensor([time]), "audio_hidden_states": noise(1, 5, c["in_audio_dim"])},
-    "Kandinsky6SRTransformer3DModel": lambda c, noise, time: {"hidden_states": noise(1, FRAMES, SIDE, SIDE, 2 * c["in_visual_dim"] + 1), "timestep": torch.tensor([time])},
-    "MiniMaxH3Transformer3DModel": lambda c, noise, time: {"hidden_states": noise(1, 8, 4 * c["in_channels"]), "audio_hidden_states": noise(1, 4, c["audio_in_channels"]), "encoder_hidden_states": noise(1, TEXT, c["text_dim"]), "timestep": torch.tensor([time / 1000]), "timestep_indices": torch.zeros(TEXT + 12, dtype=torch.int64), "token_tags": torch.tensor([1] * TEXT + [0] * 8 + [2] * 4), "position_ids": torch.arange(TEXT + 12)[:, None].expand(-1, 3).contiguous(), "video_indices": torch.arange(TEXT, TEXT + 8), "audio_indices": torch.arange(TEXT + 8, TEXT + 12), "text_indices": torch.arange(TEXT)},
-    "Krea2Transformer2DModel": lambda c, noise, time: {"hidden_states": noise(1, 16, c["in_channels"]), "encoder_hidden_states": noise(1, TEXT, c["num_text_layers"], c["text_hidden_dim"]), "timestep": torch.tensor([time / 1000]), "position_ids": torch.zeros(TEXT + 16, 3)},
-    "LTXVideoTransformer3DModel": lambda c, noise, time: {"hidden_states": noise(1, 2 * 4 * 4, c["in_channels"]), "encoder_hidden_states": noise(1, TEXT, c["caption_channels"]), "timestep": torch.tensor([time]), "encoder_attention_mask": _mask(), "num_frames": 2, "height": 4, "width": 4},
-    "LTX2VideoTransformer3DModel": lambda c, noise, time: {"hidden_states": noise(1, 2 * 4 * 4, c["in_channels"]), "audio_hidden_states": noise(1, 5, c["audio_in_channels"]), "encoder_hidden_states": noise(1, TEXT, c["caption_channels"]), "audio_encoder_hidden_states": noise(1, TEXT, c["caption_channels"]), "timestep": torch.tensor([time]), "encoder_attention_mask": _mask(), "audio_encoder_attention_mask": _mask(), "num_frames": 2, "height": 4, "width": 4, "audio_num_frames": 5},
+    "JoyImageEditPlusTransformer3DModel": lambda c, noise, time: {
+        "hidden_states": noise(1, 16, c["in_channels"], 1, 2, 2),
+        "timestep": torch.tensor([int(time)]),
+        "encoder_hidden_states": noise(1, TEXT, c["text_dim"]),
+        "encoder_hidden_states_mask": _mask(),
+        "shape_list": [[(1, 4, 4)]],
+    },
+    "Kandinsky5Transformer3DModel": lambda c, noise, time: {
+        "hidden_states": noise(1, FRAMES, SIDE, SIDE, c["in_visual_dim"]),
+        "encoder_hidden_states": noise(1, TEXT, c["in_text_dim"]),
+        "timestep": torch.tensor([time]),
+        "pooled_projections": noise(1, c["in_text_dim2"]),
+        "visual_rope_pos": [torch.arange(FRAMES), torch.arange(SIDE // 2), torch.arange(SIDE // 2)],
+        "text_rope_pos": torch.arange(TEXT),
+        "scale_factor": [1.0, 1.0, 1.0],
+    },
+    "Kandinsky6Transformer3DModel": lambda c, noise, time: {
+        "hidden_states": noise(1, FRAMES, SIDE, SIDE, 2 * c["in_visual_dim"] + 1),
+        "encoder_hidden_states": noise(1, TEXT, c["in_text_dim"]),
+        "pooled_projections": noise(1, c["in_text_dim2"]),
+        "timestep": torch.tensor([time]),
+        "audio_hidden_states": noise(1, 5, c["in_audio_dim"]),
+    },
+    "Kandinsky6SRTransformer3DModel": lambda c, noise, time: {
+        "hidden_states": noise(1, FRAMES, SIDE, SIDE, 2 * c["in_visual_dim"] + 1),
+        "timestep": torch.tensor([time]),
+    },
+    "MiniMaxH3Transformer3DModel": lambda c, noise, time: {
+        "hidden_states": noise(1, 8, 4 * c["in_channels"]),
+        "audio_hidden_states": noise(1, 4, c["audio_in_channels"]),
+        "encoder_hidden_states": noise(1, TEXT, c["text_dim"]),
+        "timestep": torch.tensor([time / 1000]),
+        "timestep_indices": torch.zeros(TEXT + 12, dtype=torch.int64),
+        "token_tags": torch.tensor([1] * TEXT + [0] * 8 + [2] * 4),
+        "position_ids": torch.arange(TEXT + 12)[:, None].expand(-1, 3).contiguous(),
+        "video_indices": torch.arange(TEXT, TEXT + 8),
+        "audio_indices": torch.arange(TEXT + 8, TEXT + 12),
+        "text_indices": torch.arange(TEXT),
+    },
+    "Krea2Transformer2DModel": lambda c, noise, time: {
+        "hidden_states": noise(1, 16, c["in_channels"]),
+        "encoder_hidden_states": noise(1, TEXT, c["num_text_layers"], c["text_hidden_dim"]),
+        "timestep": torch.tensor([time / 1000]),
+        "position_ids": torch.zeros(TEXT + 16, 3),
+    },
+    "LTXVideoTransformer3DModel": lambda c, noise, time: {
+        "hidden_states": noise(1, 2 * 4 * 4, c["in_channels"]),
+        "encoder_hidden_states": noise(1, TEXT, c["caption_channels"]),
+        "timestep": torch.tensor([time]),
+        "encoder_attention_mask": _mask(),
+        "num_frames": 2,
+        "height": 4,
+        "width": 4,
+    },
+    "LTX2VideoTransformer3DModel": lambda c, noise, time: {
+        "hidden_states": noise(1, 2 * 4 * 4, c["in_channels"]),
+        "audio_hidden_states": noise(1, 5, c["audio_in_channels"]),
+        "encoder_hidden_states": noise(1, TEXT, c["caption_channels"]),
+        "audio_encoder_hidden_states": noise(1, TEXT, c["caption_channels"]),
+        "timestep": torch.tensor([time]),
+        "encoder_attention_mask": _mask(),
+        "audio_encoder_attention_mask": _mask(),
+        "num_frames": 2,
+        "height": 4,
+        "width": 4,
+        "audio_num_frames": 5,
+    },
     "LatteTransformer3DModel": lambda c, noise, time: _video(c, noise, time),
     "LongCatImageTransformer2DModel": _tokens,
-    "Lumina2Transformer2DModel": lambda c, noise, time: _picture(c, noise, time / 1000) | {"encoder_attention_mask": torch.ones(1, TEXT, dtype=torch.bool)},
-    "MiniMaxMusic3Transformer1DModel": lambda c, noise, time: {"hidden_states": noise(1, c["in_channels"], 12), "timestep": torch.tensor([time / 1000]), "encoder_hidden_states": noise(1, 12, c["condition_dim"])},
-    "MochiTransformer3DModel": lambda c, noise, time: _video(c, noise, time) | {"encoder_attention_mask": torch.ones(1, TEXT, dtype=torch.bool)},
+    "Lumina2Transformer2DModel": lambda c, noise, time: (
+        _picture(c, noise, time / 1000) | {"encoder_attention_mask": torch.ones(1, TEXT, dtype=torch.bool)}
+    ),
+    "MiniMaxMusic3Transformer1DModel": lambda c, noise, time: {
+        "hidden_states": noise(1, c["in_channels"], 12),
+        "timestep": torch.tensor([time / 1000]),
+        "encoder_hidden_states": noise(1, 12, c["condition_dim"]),
+    },
+    "MochiTransformer3DModel": lambda c, noise, time: (
+        _video(c, noise, time) | {"encoder_attention_mask": torch.ones(1, TEXT, dtype=torch.bool)}
+    ),
     "MotifVideoTransformer3DModel": lambda c, noise, time: _video(c, noise, time) | {"encoder_attention_mask": _mask()},
-    "NucleusMoEImageTransformer2DModel": lambda c, noise, time: {"hidden_states": noise(1, 16, c["in_channels"]), "img_shapes": [(1, 4, 4)], "encoder_hidden_states": noise(1, TEXT, c["joint_attention_dim"]), "encoder_hidden_states_mask": _mask(), "timestep": torch.tensor([time / 1000])},
-    "OmniGenTransformer2DModel": lambda c, noise, time: {"hidden_states": noise(1, c["in_channels"], SIDE, SIDE), "timestep": torch.tensor([time / 1000]), "input_ids": torch.arange(TEXT)[None], "input_img_latents": [], "input_image_sizes": {}, "attention_mask": torch.ones(1, TEXT + 17, TEXT + 17), "position_ids": torch.arange(TEXT + 17)[None]},
+    "NucleusMoEImageTransformer2DModel": lambda c, noise, time: {
+        "hidden_states": noise(1, 16, c["in_channels"]),
+        "img_shapes": [(1, 4, 4)],
+        "encoder_hidden_states": noise(1, TEXT, c["joint_attention_dim"]),
+        "encoder_hidden_states_mask": _mask(),
+        "timestep": torch.tensor([time / 1000]),
+    },
+    "OmniGenTransformer2DModel": lambda c, noise, time: {
+        "hidden_states": noise(1, c["in_channels"], SIDE, SIDE),
+        "timestep": torch.tensor([time / 1000]),
+        "input_ids": torch.arange(TEXT)[None],
+        "input_img_latents": [],
+        "input_image_sizes": {},
+        "attention_mask": torch.ones(1, TEXT + 17, TEXT + 17),
+        "position_ids": torch.arange(TEXT + 17)[None],
+    },
     "OvisImageTransformer2DModel": _tokens,
     "PRXTransformer2DModel": lambda c, noise, time: _picture(c, noise, time / 1000),
-    "PixArtTransformer2DModel": lambda c, noise, time: _picture(c, noise, time) | {"added_cond_kwargs": {"resolution": None, "aspect_ratio": None}},
-    "QwenImageTransformer2DModel": lambda c, noise, time: {"hidden_states": noise(1, 16, c["in_channels"]), "encoder_hidden_states": noise(1, TEXT, c["joint_attention_dim"]), "encoder_hidden_states_mask": _mask(), "timestep": torch.tensor([time / 1000]), "img_shapes": [[(1, 4, 4)]]},
-    "QwenImage21Transformer2DModel": lambda c, noise, time: {"hidden_states": noise(1, 16, c["in_channels"]), "encoder_hidden_states": noise(1, TEXT, c["context_in_dim"]), "encoder_hidden_states_mask": torch.ones(1, TEXT, dtype=torch.bool), "timestep": torch.tensor([time / 1000]), "img_shapes": [[(1, 4, 4)]], "img_mask": torch.tensor([[False] * TEXT + [True] * 4])},
-    "SD3Transformer2DModel": lambda c, noise, time: _picture(c, noise, time) | {"encoder_hidden_states": noise(1, TEXT, c["joint_attention_dim"]), "pooled_projections": noise(1, c["pooled_projection_dim"])},
+    "PixArtTransformer2DModel": lambda c, noise, time: (
+        _picture(c, noise, time) | {"added_cond_kwargs": {"resolution": None, "aspect_ratio": None}}
+    ),
+    "QwenImageTransformer2DModel": lambda c, noise, time: {
+        "hidden_states": noise(1, 16, c["in_channels"]),
+        "encoder_hidden_states": noise(1, TEXT, c["joint_attention_dim"]),
+        "encoder_hidden_states_mask": _mask(),
+        "timestep": torch.tensor([time / 1000]),
+        "img_shapes": [[(1, 4, 4)]],
+    },
+    "QwenImage21Transformer2DModel": lambda c, noise, time: {
+        "hidden_states": noise(1, 16, c["in_channels"]),
+        "encoder_hidden_states": noise(1, TEXT, c["context_in_dim"]),
+        "encoder_hidden_states_mask": torch.ones(1, TEXT, dtype=torch.bool),
+        "timestep": torch.tensor([time / 1000]),
+        "img_shapes": [[(1, 4, 4)]],
+        "img_mask": torch.tensor([[False] * TEXT + [True] * 4]),
+    },
+    "SD3Transformer2DModel": lambda c, noise, time: (
+        _picture(c, noise, time)
+        | {
+            "encoder_hidden_states": noise(1, TEXT, c["joint_attention_dim"]),
+            "pooled_projections": noise(1, c["pooled_projection_dim"]),
+        }
+    ),
     "SanaTransformer2DModel": _picture,
     "SanaVideoTransformer3DModel": _video,
-    "SanaWMTransformer3DModel": lambda c, noise, time: _video(c, noise, time) | {"timestep": torch.full((1, 1, FRAMES), time), "encoder_hidden_states": noise(1, 1, TEXT, c["caption_channels"]), "mask": torch.ones(1, 1, 1, TEXT, dtype=torch.int64)},
+    "SanaWMTransformer3DModel": lambda c, noise, time: (
+        _video(c, noise, time)
+        | {
+            "timestep": torch.full((1, 1, FRAMES), time),
+            "encoder_hidden_states": noise(1, 1, TEXT, c["caption_channels"]),
+            "mask": torch.ones(1, 1, 1, TEXT, dtype=torch.int64),
+        }
+    ),
     "SkyReelsV2Transformer3DModel": _video,
-    "Transformer2DModel": lambda c, noise, time: {"hidden_states": noise(1, c["in_channels"], 4, 4), "encoder_hidden_states": noise(1, TEXT, c["cross_attention_dim"]), "timestep": torch.tensor([int(time)])},
-    "TransformerTemporalModel": lambda c, noise, time: {"hidden_states": noise(4, c["in_channels"], 4, 4), "timestep": torch.tensor([int(time)]), "num_frames": 4},
-    "WanAnimateTransformer3DModel": lambda c, noise, time: _video(c, noise, time) | {"hidden_states": noise(1, c["in_channels"], FRAMES + 1, SIDE, SIDE), "encoder_hidden_states_image": noise(1, 5, c["image_dim"]), "pose_hidden_states": noise(1, c["latent_channels"], FRAMES, SIDE, SIDE), "face_pixel_values": noise(1, 3, 5, 16, 16)},
+    "Transformer2DModel": lambda c, noise, time: {
+        "hidden_states": noise(1, c["in_channels"], 4, 4),
+        "encoder_hidden_states": noise(1, TEXT, c["cross_attention_dim"]),
+        "timestep": torch.tensor([int(time)]),
+    },
+    "TransformerTemporalModel": lambda c, noise, time: {
+        "hidden_states": noise(4, c["in_channels"], 4, 4),
+        "timestep": torch.tensor([int(time)]),
+        "num_frames": 4,
+    },
+    "WanAnimateTransformer3DModel": lambda c, noise, time: (
+        _video(c, noise, time)
+        | {
+            "hidden_states": noise(1, c["in_channels"], FRAMES + 1, SIDE, SIDE),
+            "encoder_hidden_states": noise(1, 512, c["text_dim"]),  # what is ahead of these is taken for a picture
+            "encoder_hidden_states_image": noise(1, 5, c["image_dim"]),
+            "pose_hidden_states": noise(1, c["latent_channels"], FRAMES, SIDE, SIDE),
+            "face_pixel_values": noise(1, 3, 5, 16, 16),
+        }
+    ),
     "WanTransformer3DModel": _video,
-    "WanVACETransformer3DModel": lambda c, noise, time: _video(c, noise, time) | {"control_hidden_states": noise(1, c["vace_in_channels"], FRAMES, SIDE, SIDE)},
-    "ZImageTransformer2DModel": lambda c, noise, time: {"x": [noise(c["in_channels"], 1, SIDE, SIDE)], "t": torch.tensor([time / 1000]), "cap_feats": [noise(TEXT, c["cap_feat_dim"])]},
+    "WanVACETransformer3DModel": lambda c, noise, time: (
+        _video(c, noise, time) | {"control_hidden_states": noise(1, c["vace_in_channels"], FRAMES, SIDE, SIDE)}
+    ),
+    "ZImageTransformer2DModel": lambda c, noise, time: {
+        "x": [noise(c["in_channels"], 1, SIDE, SIDE)],
+        "t": torch.tensor([time / 1000]),
+        "cap_feats": [noise(TEXT, c["cap_feat_dim"])],
+    },
 }
 
 

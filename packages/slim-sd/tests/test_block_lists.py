@@ -60,6 +60,18 @@ SKIPPING: dict[str, Any] = {
     "pos_embed_max_size": 8,
 }
 
+Z_IMAGE: dict[str, Any] = {
+    "in_channels": 4,
+    "dim": 64,
+    "n_layers": 2,
+    "n_refiner_layers": 1,
+    "n_heads": 2,
+    "n_kv_heads": 2,
+    "cap_feat_dim": 24,
+    "axes_dims": [8, 12, 12],
+    "axes_lens": [64, 64, 64],
+}
+
 
 def build(name: str, config: dict[str, Any], folder: Path) -> Path:
     """A model with a transformer and nothing else."""
@@ -174,6 +186,13 @@ def test_lists_that_take_turns(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("no_plots")
+def test_latents_by_another_name_and_in_a_list(tmp_path: Path) -> None:
+    model = build("ZImageTransformer2DModel", Z_IMAGE, tmp_path / "model")
+    call = {"x": [drawn(4, 1, 8, 8)], "t": torch.tensor([0.5]), "cap_feats": [drawn(5, 24)]}
+    assert_scales(model, [call], quantize(model, tmp_path / "out", [call]))
+
+
+@pytest.mark.usefixtures("no_plots")
 def test_another_order_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where Slim does not know the order of lists, it says so."""
     monkeypatch.setattr("slim_sd.loading._IN_TURNS", frozenset())
@@ -183,6 +202,6 @@ def test_another_order_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         "timestep": torch.tensor([50]),
         "encoder_hidden_states": drawn(1, 5, 24),
     }
-    with pytest.raises(SlimError, match="exclude the linear or quantize it per_token|run its blocks once each"):
+    with pytest.raises(SlimError, match=r"exclude the linear or quantize it per_token|run its blocks once each"):
         quantize(model, tmp_path / "out", [call])
     assert not (tmp_path / "out").exists()

@@ -133,16 +133,8 @@ def assert_plain_forward(model: Any, records: Any) -> None:
         wanted = [model.module(**call)[0] for call in calls]
     model.unload(names)
     with torch.no_grad(), BlockForwards(model, calls, CPU) as forwards:
-        for unit in model.running:
-            forwards.reach(unit)
-            model.load(unit.parameters, CPU)
-            if unit is model.running[-1]:
-                forwards.run_to_end()
-            else:
-                forwards.run(hand_on=True)
-            model.unload(unit.parameters)
-        for sample, expected in enumerate(wanted):
-            assert torch.equal(forwards.finish(sample)[0], expected)
+        found = [output[0] for output in forwards.run_model()]
+    assert all(torch.equal(*pair) for pair in zip(found, wanted, strict=True))
 
 
 def assert_written(folder: Path, model: Any, plan: Plan) -> None:

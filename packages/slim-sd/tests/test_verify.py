@@ -170,7 +170,7 @@ def test_an_expert_that_is_not_there(pipeline_folder: PipelineFolder, broken: Pa
     ]
     with pytest.raises(InvalidModelError, match=r"'other' is the name of none of them.*call the quantized folder high"):
         verify(broken / "other", model)
-    with pytest.raises(InvalidModelError, match="this is one model, but .* holds high_noise_model, other"):
+    with pytest.raises(InvalidModelError, match=r"this is one model, but .* holds high_noise_model, other"):
         verify(broken, pipeline_folder("wan2_1_t2v"))
 
 

@@ -113,15 +113,7 @@ def test_a_run(
     with torch.no_grad():
         expected = [reference(**given).logits for given in inputs]
     with torch.no_grad(), BlockForwards(model, inputs, CPU) as forwards:
-        for unit in model.running:
-            forwards.reach(unit)
-            model.load(unit.parameters, CPU)
-            if unit is model.running[-1]:
-                forwards.run_to_end()
-            else:
-                forwards.run(hand_on=True)
-            model.unload(unit.parameters)
-        found = [forwards.finish(sample).logits for sample in range(len(inputs))]
+        found = [output.logits for output in forwards.run_model()]
     assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
     quantize(folder, tmp_path / "out", process=[rules["static"]])
     report = verify_folder(tmp_path / "out", folder, "vllm-ascend")

@@ -59,15 +59,7 @@ def inputs_of(model: StreamedModel, pictures: Path) -> list[Any]:
 def stream(model: StreamedModel, inputs: Any) -> list[Tensor]:
     """The logits of all samples, every unit loaded, run and unloaded by itself."""
     with torch.no_grad(), BlockForwards(model, inputs, CPU) as forwards:
-        for unit in model.running:
-            forwards.reach(unit)
-            model.load(unit.parameters, CPU)
-            if unit is model.running[-1]:
-                forwards.run_to_end()
-            else:
-                forwards.run(hand_on=True)
-            model.unload(unit.parameters)
-        return [forwards.finish(sample).logits for sample in range(len(inputs))]
+        return [output.logits for output in forwards.run_model()]
 
 
 @pytest.mark.parametrize("family", FAMILIES)

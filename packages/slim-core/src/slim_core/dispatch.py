@@ -128,7 +128,7 @@ def _service_of_run(quantized: Path) -> Service | None:
     from slim_core.savers.mindie_folder import quantized_parts
 
     recipes = (recipe_of_run(folder) for folder in (quantized, *quantized_parts(quantized)))
-    apiversion = next(filter(None, recipes), {}).get("apiversion")
+    apiversion = next((recipe.get("apiversion") for recipe in recipes if recipe), None)
     points = installed_services()
     return load_service(points[apiversion]) if apiversion in points else None
 

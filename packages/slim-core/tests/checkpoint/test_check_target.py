@@ -104,7 +104,7 @@ def test_a_mount_point_is_refused_before_the_work(model: Path, tmp_path: Path, m
 
 
 def test_a_target_that_cannot_be_looked_at(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(_path: Path) -> bool:
+    def refuse(*_: object) -> bool:
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
     monkeypatch.setattr(module, "_occupied", refuse)

@@ -81,15 +81,7 @@ def test_outputs_are_those_of_the_plain_forward(plain: TwoStreams, tmp_path: Pat
     samples = [{"image": torch.randn(1, n, 3), "text": torch.randn(1, 2, 4)} for n in (3, 5)]
     model = opened(plain, tmp_path)
     with torch.no_grad(), BlockForwards(model, samples, CPU) as forwards:
-        for unit in model.running:
-            forwards.reach(unit)
-            model.load(unit.parameters, CPU)
-            if unit is model.running[-1]:
-                forwards.run_to_end()
-            else:
-                forwards.run(hand_on=True)
-            model.unload(unit.parameters)
-        outputs = [forwards.finish(sample) for sample in range(2)]
+        outputs = forwards.run_model()
         wanted = [plain(**sample) for sample in samples]
     assert all(torch.equal(*pair) for pair in zip(outputs, wanted, strict=True))
 
@@ -172,8 +164,8 @@ def test_going_back_is_refused(plain: TwoStreams, tmp_path: Path) -> None:
             forwards.run(hand_on=True)
         model.load(model.running[-1].parameters, CPU)
         forwards.reach(model.running[-1])
+        forwards.run_to_end()
         with pytest.raises(InvalidModelError, match="block 0 was called where the end was expected"):
-            forwards.run_to_end()
             forwards.finish(0)
 
 

@@ -10,8 +10,6 @@ from pydantic import (
     AfterValidator,
     BeforeValidator,
     Field,
-    ModelWrapValidatorHandler,
-    PrivateAttr,
     SerializerFunctionWrapHandler,
     field_validator,
     model_serializer,
@@ -20,7 +18,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from slim_core.errors import SchemaValidateError
-from slim_core.recipe import AnySaver, DatasetConfig, PriorStage, Recipe, SaverConfig, SpecV1, StrictModel
+from slim_core.recipe import AnySaver, DatasetConfig, LayerWiseSpec, PriorStage, Recipe, SaverConfig, StrictModel
 from slim_core.recipe.plugins import SAVER_GROUP, PluginConfig
 from slim_core.recipe.problems import validate
 from slim_sd.settings import GeneralSettings, WanSettings, check_settings
@@ -29,7 +27,6 @@ __all__ = ["DumpConfig", "SdConfig", "SpecSd", "dump_folder", "settings_of"]
 
 S = TypeVar("S", WanSettings, GeneralSettings)
 
-_RUNNER = "layer_wise"
 _NO_DATASET = (
     "diffusion models are calibrated on what their own pipeline is given while it generates; write the prompt into "
     "multimodal_sd_config.model_config, or point multimodal_sd_config.dump_config.dump_data_dir to a calib_data.pth, "
@@ -100,15 +97,14 @@ class SdConfig(StrictModel):
         return self.newer if self.newer is not None else self.settings
 
 
-class SpecSd(SpecV1):
+class SpecSd(LayerWiseSpec):
     """The fields of ``modelslim_v1``, with a pipeline to capture calibration inputs from in place of a data set.
 
     ``runner`` takes what ``modelslim_v1`` takes, and becomes ``layer_wise``.
     """
 
-    runner: Literal["auto", "layer_wise", "dp_layer_wise", "model_wise"] = Field(
-        default=_RUNNER, description="How layers are scheduled: whatever is given, one at a time"
-    )
+    models = "diffusion models"
+
     save: tuple[AnySaver, ...] = Field(
         default_factory=lambda: (
             cast("SaverConfig", PluginConfig(SAVER_GROUP).parse({"type": "mindie_format_saver"})),
@@ -122,21 +118,6 @@ class SpecSd(SpecV1):
         default_factory=SdConfig, description="Capture of calibration inputs from the model's own pipeline"
     )
 
-    _asked: str = PrivateAttr(default=_RUNNER)
-
-    @model_validator(mode="wrap")
-    @classmethod
-    def _remember_the_runner(cls, data: Any, handler: ModelWrapValidatorHandler[SpecSd]) -> SpecSd:
-        spec = handler(data)
-        if isinstance(data, Mapping):
-            spec._asked = cast("Mapping[str, Any]", data).get("runner", _RUNNER)
-        return spec
-
-    @field_validator("runner")
-    @classmethod
-    def _one_layer_at_a_time(cls, value: str) -> str:
-        return _RUNNER
-
     @field_validator("dataset", mode="before")
     @classmethod
     def _is_refused(cls, value: Any) -> Any:
@@ -148,15 +129,6 @@ class SpecSd(SpecV1):
         if any(stage.dataset is not None for stage in stages):
             raise PydanticCustomError("no_dataset", "{text}", {"text": _NO_DATASET})
         return stages
-
-    def coercions(self) -> list[str]:
-        """What was given and is not what counts, as :meth:`warnings` has it."""
-        if self._asked == _RUNNER:
-            return []
-        return [f"runner: {self._asked!r} becomes {_RUNNER!r}, the only one for diffusion models"]
-
-    def warnings(self) -> list[str]:
-        return [*self.coercions(), *super().warnings()]
 
 
 def settings_of(recipe: Recipe, spec: SpecSd, family: type[S]) -> S:

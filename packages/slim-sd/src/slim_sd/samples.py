@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from slim_core.errors import UnsupportedError
 from slim_core.model.streamed import StreamedModel
@@ -40,8 +40,14 @@ class _Inputs(Sequence[Mapping[str, Any]]):
 
 def _dtype_of(arguments: Mapping[str, Any]) -> torch.dtype | None:
     """What the model ran in when this was captured."""
-    hidden = arguments.get("hidden_states")
-    return hidden.dtype if isinstance(hidden, Tensor) and hidden.is_floating_point() else None
+    hidden = _latents(arguments)
+    return hidden[0].dtype if hidden and hidden[0].is_floating_point() else None
+
+
+def _latents(call: Mapping[str, Any]) -> list[Tensor]:
+    """What a call denoises: ``hidden_states``, or by another name its first argument, which may be a list of them."""
+    first = call["hidden_states"] if "hidden_states" in call else next(iter(call.values()), None)
+    return [leaf for leaf in tree_leaves(first) if isinstance(leaf, Tensor)]
 
 
 class CapturedSamples:
@@ -108,7 +114,13 @@ class CapturedSamples:
 
 def _tokens(call: Mapping[str, Any], config: Mapping[str, Any]) -> int:
     """How many tokens a call makes: of its latents, cut into patches, and of its text if blocks join the two."""
-    hidden, text = call["hidden_states"], call.get("encoder_hidden_states")
+    text = call.get("encoder_hidden_states")
+    return sum(_tokens_of(hidden, text, config) for hidden in _latents(call))
+
+
+def _tokens_of(hidden: Tensor, text: Any, config: Mapping[str, Any]) -> int:
+    if hidden.dim() < 3:
+        return hidden.shape[0]
     if hidden.dim() == 3:
         return hidden.shape[0] * (hidden.shape[1] + (text.shape[1] if isinstance(text, Tensor) else 0))
     patch = config.get("patch_size") or 1

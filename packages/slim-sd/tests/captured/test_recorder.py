@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import logging
 import os
@@ -470,7 +471,7 @@ def test_a_file_system_without_locks(
     def refuse(*_: object) -> None:
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
-    monkeypatch.setattr(record_files.fcntl, "flock", refuse)
+    monkeypatch.setattr(fcntl, "flock", refuse)
     with caplog.at_level(logging.WARNING, logger="slim"):
         assert len(_capture(tmp_path / "calib_data.pth", {"hidden_states": torch.zeros(1)})) == 1
     assert "cannot be locked (No locks available)" in caplog.text

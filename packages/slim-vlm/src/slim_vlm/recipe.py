@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated
 
 from pydantic import (
     AfterValidator,
     Field,
-    ModelWrapValidatorHandler,
-    PrivateAttr,
     ValidationError,
     field_validator,
-    model_validator,
 )
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
-from slim_core.recipe import Dataset, DatasetConfig, PriorStage, SpecV1
+from slim_core.recipe import Dataset, DatasetConfig, LayerWiseSpec, PriorStage
 
 __all__ = ["SpecVlm"]
 
-_RUNNER = "layer_wise"
 _DEFAULT = DatasetConfig(path="calibImages")
 
 
@@ -46,15 +41,14 @@ Images = Annotated[Dataset, AfterValidator(_images)]
 """Field type: a calibration set of images."""
 
 
-class SpecVlm(SpecV1):
+class SpecVlm(LayerWiseSpec):
     """The fields of ``modelslim_v1``, with images to calibrate on.
 
     ``runner`` takes what ``modelslim_v1`` takes, and becomes ``layer_wise``.
     """
 
-    runner: Literal["auto", "layer_wise", "dp_layer_wise", "model_wise"] = Field(
-        default=_RUNNER, description="How layers are scheduled: whatever is given, one at a time"
-    )
+    models = "vision-language models"
+
     default_text: str = Field(
         default="Describe this image in detail.",
         max_length=10_000,
@@ -65,21 +59,6 @@ class SpecVlm(SpecV1):
         description="Calibration set: a name in lab_calib, a folder of images, one with a JSON or JSONL file beside "
         "them, or such a file. Default: calibImages",
     )
-
-    _asked: str = PrivateAttr(default=_RUNNER)
-
-    @model_validator(mode="wrap")
-    @classmethod
-    def _remember_the_runner(cls, data: Any, handler: ModelWrapValidatorHandler[SpecVlm]) -> SpecVlm:
-        spec = handler(data)
-        if isinstance(data, Mapping):
-            spec._asked = cast("Mapping[str, Any]", data).get("runner", _RUNNER)
-        return spec
-
-    @field_validator("runner")
-    @classmethod
-    def _one_layer_at_a_time(cls, value: str) -> str:
-        return _RUNNER
 
     @field_validator("prior")
     @classmethod
@@ -100,12 +79,3 @@ class SpecVlm(SpecV1):
         if not value.strip():
             raise PydanticCustomError("empty_prompt", "must not be empty; leave it out for the default prompt")
         return value
-
-    def coercions(self) -> list[str]:
-        """What was given and is not what counts, as :meth:`warnings` has it."""
-        if self._asked == _RUNNER:
-            return []
-        return [f"runner: {self._asked!r} becomes {_RUNNER!r}, the only one for vision-language models"]
-
-    def warnings(self) -> list[str]:
-        return [*self.coercions(), *super().warnings()]

@@ -6,7 +6,6 @@ killed run leaves only the hidden folder, from which ``--resume`` continues.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
@@ -16,13 +15,13 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, cast
 
+from slim_core.checkpoint.folder_lock import empty_folder, lock_folder
 from slim_core.errors import EnvError, SecurityError, UnsupportedError
 from slim_core.logging import get_logger
 
 __all__ = ["Staging", "check_target"]
 
 JOURNAL = "journal.jsonl"
-_ATTEMPTS = 10
 _logger = get_logger(__name__)
 
 
@@ -117,7 +116,11 @@ class Staging:
         self.finished: list[str] = []
         try:
             self.target.parent.mkdir(parents=True, exist_ok=True)
-            self._take_folder()
+            self._lock = lock_folder(
+                self.folder,
+                "another run is writing to this save_path",
+                "wait until it has ended, or choose another save_path",
+            )
             self._restore_interrupted_swap()
             if resume:
                 self._resume(fingerprint)
@@ -135,37 +138,6 @@ class Staging:
                     remedy="choose another folder, or remove the cause",
                 ) from error
             raise
-
-    def _take_folder(self) -> None:
-        """Create the folder if need be and lock it. It may be renamed away by a run that ends just now: then again."""
-        for left in reversed(range(_ATTEMPTS)):
-            self.folder.mkdir(mode=0o750, exist_ok=True)
-            with suppress(FileNotFoundError):
-                lock = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-                try:
-                    self._flock(lock)
-                    # Some network file systems never give the same identity twice.
-                    if os.path.samestat(os.fstat(lock), os.lstat(self.folder)) or not left:
-                        self._lock = lock
-                        return
-                finally:
-                    if self._lock is None:
-                        os.close(lock)
-        raise EnvError("the folder disappears again and again", where=str(self.folder))
-
-    def _flock(self, lock: int) -> None:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise EnvError(
-                "another run is writing to this save_path",
-                where=str(self.folder),
-                remedy="wait until it has ended, or choose another save_path",
-            ) from error
-        except OSError as error:
-            _logger.warning(
-                "%s cannot be locked (%s): take care that no other run writes to it", self.folder, error.strerror
-            )
 
     def _unlock(self) -> None:
         if self._lock is not None:
@@ -195,11 +167,7 @@ class Staging:
     def _start(self, fingerprint: str) -> None:
         if (self.folder / JOURNAL).exists():
             _logger.warning("discarding the interrupted run in %s; --resume would have continued it", self.folder)
-        for entry in self.folder.iterdir():
-            if entry.is_dir() and not entry.is_symlink():
-                shutil.rmtree(entry)
-            else:
-                entry.unlink()
+        empty_folder(self.folder)
         self._replaces = _occupied(self.target)
         self._append({"fingerprint": fingerprint, "replaces": self._replaces})
 

@@ -2,6 +2,7 @@
 
 from slim_core.recipe.base import Flag, Integer, Number, Phase, ProcessorConfig, SaverConfig, StrictModel
 from slim_core.recipe.json_schema import recipe_json_schema
+from slim_core.recipe.layer_wise import LayerWiseSpec
 from slim_core.recipe.load import Recipe, dump_recipe, dump_yaml, load_recipe, recipe_from_dict
 from slim_core.recipe.patterns import Exclude, Include, NameFilter, NamePattern, escape_pattern
 from slim_core.recipe.plugins import (
@@ -28,6 +29,7 @@ __all__ = [
     "Flag",
     "Include",
     "Integer",
+    "LayerWiseSpec",
     "LinearQConfig",
     "Location",
     "Metadata",

@@ -200,6 +200,18 @@ class BlockForwards:
             if self._stop < len(self._model.towers) <= self._call(index).block:
                 self._carried.let_go(index)
 
+    def run_model(self) -> list[Any]:
+        """Run every tower and block, each loaded only while it is at work; the outputs of the model for all samples."""
+        for unit in self._model.running:
+            self.reach(unit)
+            self._model.load(unit.parameters, self._device)
+            if unit is self._model.running[-1]:
+                self.run_to_end()
+            else:
+                self.run(hand_on=True)
+            self._model.unload(unit.parameters)
+        return [self.finish(sample) for sample in range(self.samples)]
+
     def run_to_end(self) -> None:
         """Run the last block for every sample and keep its outputs; :meth:`finish` runs what comes after."""
         self._last = self.run(hand_on=False, keep=True)

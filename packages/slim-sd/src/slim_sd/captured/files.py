@@ -6,7 +6,6 @@ runs; at the end they are copied into the archive, and archive and sidecar are r
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import mmap
@@ -21,6 +20,7 @@ from typing import IO, Any, BinaryIO, NoReturn, cast
 import torch
 from torch import Tensor
 
+from slim_core.checkpoint.folder_lock import empty_folder, lock_folder
 from slim_core.errors import EnvError, InvalidDatasetError, SecurityError
 from slim_core.logging import get_logger
 from slim_sd.captured.archive import directory_digest
@@ -30,7 +30,6 @@ __all__ = ["FORMAT_VERSION", "Piece", "RecordWriter", "find_records", "json_valu
 FORMAT_VERSION = 1
 _ALIGNMENT = 64
 _RELEASE_AFTER = 64 << 20
-_ATTEMPTS = 10
 _logger = get_logger(__name__)
 
 
@@ -143,41 +142,13 @@ class RecordWriter:
         ) from error
 
     def _take_folder(self) -> None:
-        """Create and lock the folder; its previous owner may be about to remove it: then again."""
-        for left in reversed(range(_ATTEMPTS)):
-            self.folder.mkdir(mode=0o750, exist_ok=True)
-            with suppress(FileNotFoundError):
-                lock = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-                try:
-                    self._flock(lock)
-                    # Some network file systems never give the same identity twice.
-                    if os.path.samestat(os.fstat(lock), os.lstat(self.folder)) or not left:
-                        self._lock, lock = lock, -1
-                        break
-                finally:
-                    if lock >= 0:
-                        os.close(lock)
-        if self._lock is None:
-            raise EnvError("the folder disappears again and again", where=str(self.folder))
-        for entry in self.folder.iterdir():
-            if entry.is_dir() and not entry.is_symlink():
-                shutil.rmtree(entry)
-            else:
-                entry.unlink()
-
-    def _flock(self, lock: int) -> None:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise EnvError(
-                "another run is capturing calibration inputs here",
-                where=str(self.path),
-                remedy="wait until it has ended, or set another dump_data_dir",
-            ) from error
-        except OSError as error:
-            _logger.warning(
-                "%s cannot be locked (%s): take care that no other run captures to it", self.folder, error.strerror
-            )
+        """Create and lock the folder, and remove what a killed capture left in it."""
+        self._lock = lock_folder(
+            self.folder,
+            "another run is capturing calibration inputs here",
+            "wait until it has ended, or set another dump_data_dir",
+        )
+        empty_folder(self.folder)
 
     def close(self) -> None:
         """Remove what is not finished."""

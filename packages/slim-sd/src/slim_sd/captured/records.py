@@ -206,7 +206,7 @@ def open_records(
         _logger.warning("using %s although it is of another capture: %s", path, "; ".join(differences))
     if about is not None and not differences:
         return _of_arity(Records(archive, names), archive)
-    if all(is_original(archive.outline(record[:4])) for record in archive.records):
+    if "hidden_states" in names and all(is_original(archive.outline(record[:4])) for record in archive.records):
         _logger.info("%s was captured from the original Wan project; its calls are translated", path)
         patch = cast("Sequence[int]", (config or {}).get("patch_size") or (1, 2, 2))
         translate = partial(from_original, parameters=names, patch=patch, dtype=dtype, text_length=text_length)

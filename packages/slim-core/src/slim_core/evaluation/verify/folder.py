@@ -6,8 +6,8 @@ The one thing shared with the saver is the table of parameters per type, which *
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -20,7 +20,6 @@ from slim_core.evaluation.verify.comparison import Bounds, WeightPass
 from slim_core.evaluation.verify.files import check_modes
 from slim_core.evaluation.verify.findings import FLOAT, Contents, Findings, Layer
 from slim_core.evaluation.verify.layers import (
-    Loadable,
     check_fusions,
     check_group_size,
     check_modules,
@@ -33,6 +32,7 @@ from slim_core.evaluation.verify.original import (
     open_original,
     spec_of_run,
 )
+from slim_core.evaluation.verify.result import Verification, together
 from slim_core.evaluation.verify.rows import row_blocks
 from slim_core.evaluation.verify.scaled import behind_scales, check_input_scales
 from slim_core.evaluation.verify.structure import read_contents
@@ -42,65 +42,14 @@ from slim_core.savers.base import INNER
 from slim_core.savers.loaders import engine_format, engines, refused_together
 from slim_core.savers.mindie_folder import quantized_parts
 
-__all__ = ["Opener", "Parts", "Verification", "verify_folder"]
+__all__ = ["Opener", "Parts", "verify_folder"]
 
 Opener = Callable[[Path, Collection[str], str], TensorSource]
-"""From the folder of a model, the names of the tensors of the quantized one, and what that folder is called, which tells
-one of several transformers, to its tensors under such names."""
+"""From the folder of a model, the names of the tensors of the quantized one, and what that folder is called, to its
+tensors under such names; the last tells one of several transformers."""
 
 Parts = Callable[[Path], Collection[str]]
 """From the folder of a model to the names of the folders that it is quantized into; empty if that is just one."""
-
-_SHOWN = 50
-
-
-@dataclass
-class Verification:
-    """What was found.
-
-    Args:
-        problems: what is wrong, each with the tensor or file and what was expected.
-        warnings: what is worth knowing.
-        notes: figures that no rule judges.
-        checked: tensors whose values were read and checked.
-        compared: whether values were held against the original.
-        loadable: what each engine has a class for.
-    """
-
-    path: Path
-    problems: list[str] = field(default_factory=list[str])
-    warnings: list[str] = field(default_factory=list[str])
-    notes: list[str] = field(default_factory=list[str])
-    checked: int = 0
-    compared: bool = False
-    loadable: list[Loadable] = field(default_factory=list[Loadable])
-
-    @property
-    def ok(self) -> bool:
-        return not self.problems
-
-    def text(self) -> str:
-        """A report to print."""
-        lines: list[str] = []
-        for title, found in (("Problems", self.problems), ("Warnings", self.warnings), ("Notes", self.notes)):
-            if found:
-                lines += [f"{title} ({len(found)})", *(f"  {text}" for text in found[:_SHOWN])]
-                lines += [f"  ... and {len(found) - _SHOWN} more"] if len(found) > _SHOWN else []
-                lines.append("")
-        if self.loadable:
-            lines.append("What the engines load")
-            width = max(len(entry.engine) for entry in self.loadable)
-            kinds = max(len(entry.kind) for entry in self.loadable)
-            for entry in self.loadable:
-                reason = "NO CLASS" if not entry.why or entry.why.startswith("has no class") else f"NO: {entry.why}"
-                verdict = "yes" if entry.loadable else f"{reason}, e.g. {entry.example}"
-                place = f"{entry.count} {entry.place}"
-                lines.append(f"  {entry.engine:{width}}  {entry.kind:{kinds}}  {place:>14}  {verdict}")
-            lines.append("")
-        verdict = "ok" if self.ok else f"{len(self.problems)} problem{'s' if len(self.problems) > 1 else ''}"
-        compared = ", compared with the original" if self.compared else ""
-        lines.append(f"{self.path}: {verdict} ({self.checked} tensors read{compared})")
-        return "\n".join(lines)
 
 
 def _in_one(_folder: Path) -> Collection[str]:
@@ -154,30 +103,7 @@ def verify_folder(
             findings.problem(part.name, "the original has no such transformer")
         else:
             verified[part.name] = _verify(part, original, engine, opener)
-    return _together(path, findings, verified)
-
-
-def _together(path: Path, findings: Findings, verified: Mapping[str, Verification]) -> Verification:
-    """What was found in all folders, each finding with that of its folder ahead."""
-    result = Verification(path, findings.problems)
-    for name, part in verified.items():
-        for mine, theirs in (
-            (result.problems, part.problems),
-            (result.warnings, part.warnings),
-            (result.notes, part.notes),
-        ):
-            mine += [text if text.startswith(str(part.path)) else f"{name}/{text}" for text in theirs]
-        result.checked += part.checked
-    result.compared = bool(verified) and all(part.compared for part in verified.values())
-    entries: dict[tuple[str, str, str, bool, str], Loadable] = {}
-    for name, part in verified.items():
-        for entry in part.loadable:
-            key = entry.engine, entry.kind, entry.place, entry.loadable, entry.why
-            first = entries.get(key)
-            count = entry.count + (first.count if first is not None else 0)
-            entries[key] = replace(first or replace(entry, example=f"{name}/{entry.example}"), count=count)
-    result.loadable = list(entries.values())
-    return result
+    return together(path, findings, verified)
 
 
 def _verify(path: Path, original: Path | None, engine: str | None, opener: Opener) -> Verification:

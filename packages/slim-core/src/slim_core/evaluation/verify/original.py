@@ -81,8 +81,12 @@ def compare_with(
     rules = [rule for processor in processors for rule in _rules(processor)]
     if not reads_floats(contents.main_engine) and _SMOOTHERS.issuperset(changing):
         # Nothing was folded into a norm. Where inputs are scaled, the weights of the original are divided here.
-        method, smoothed = (lambda prefix: _method_of(prefix.removesuffix(INNER), rules)), ", ".join(changing)
-        return Bounds(original, method, same_floats=True, smoothed=smoothed)
+        return Bounds(
+            original,
+            lambda prefix: _method_of(prefix.removesuffix(INNER), rules),
+            same_floats=True,
+            smoothed=", ".join(changing),
+        )
     if changing and not reads_floats(contents.main_engine):
         findings.warn(
             "original", f"quantized weights were not compared: the recipe changes them first ({', '.join(changing)})"
