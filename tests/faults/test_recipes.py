@@ -322,13 +322,6 @@ UNAVAILABLE = {
         "{recipe}:25: spec.save[0].type",
         "installed: ascendv1_saver",
     ),
-    "dp_layer_wise": (
-        edit("runner: layer_wise", "runner: dp_layer_wise"),
-        UNSUPPORTED,
-        "distributed layer-wise quantization is not available",
-        "spec.runner",
-        "use runner: layer_wise",
-    ),
     "prior stage": (
         edit("  save:", "  prior:\n    - process: [{type: linear_quant, qconfig: {weight: {}}}]\n  save:"),
         UNSUPPORTED,

@@ -30,6 +30,7 @@ GRAMMAR: list[tuple[str, tuple[str, tuple[int, ...]]]] = [
     ("npu: 0 , 1,,2", ("npu", (0, 1, 2))),
     ("cuda:,7,", ("cuda", (7,))),
     ("cpu:0", ("cpu", (0,))),
+    ("cpu:0,1", ("cpu", (0, 1))),
     ("npu:007", ("npu", (7,))),
 ]
 
@@ -60,7 +61,6 @@ REFUSED = [
     ("npu:" + "9" * 5000, "must be numbers"),
     ("npu:0,0", "index is repeated"),
     ("npu:1,01", "index is repeated"),
-    ("cpu:0,1", "the CPU is one device"),
 ]
 
 
@@ -173,6 +173,7 @@ def test_the_index_of_the_cpu_means_nothing(machine: Any) -> None:
 
 def test_names_of_devices() -> None:
     assert str(Devices("cpu")) == "cpu"
+    assert str(Devices("cpu", (0, 1))) == "cpu:0,1"
     assert str(Devices("npu", (0, 2))) == "npu:0,2"
     assert Devices("cpu").first == torch.device("cpu")
     assert Devices("cuda", (2, 1)).first == torch.device("cuda", 2)

@@ -193,6 +193,12 @@ def naive_attention() -> ModuleType:
 
 
 @pytest.fixture(scope="session")
+def rank_cases() -> ModuleType:
+    """Recipes for several ranks, ``rank_cases.py`` in this folder."""
+    return _beside("rank_cases")
+
+
+@pytest.fixture(scope="session")
 def drafts() -> ModuleType:
     """Models with a drafting layer, ``drafts.py`` in this folder."""
     return _beside("drafts")

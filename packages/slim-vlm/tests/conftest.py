@@ -112,7 +112,7 @@ def quantize(pictures: Path) -> Callable[..., Any]:
 
     def run(model: Path, target: Path, *, process: list[Any], options: Any = None, **spec: Any) -> Any:
         request = QuantRequest(
-            model_path=model, save_path=target, model_type="tiny", device="cpu", force=True, **(options or {})
+            model_path=model, save_path=target, model_type="tiny", force=True, **{"device": "cpu", **(options or {})}
         )
         spec = {"dataset": str(pictures), **spec, "process": process}
         recipe = recipe_from_dict({"apiversion": "multimodal_vlm_modelslim_v1", "spec": spec})

@@ -34,7 +34,10 @@ def test_several_devices(workplace) -> None:
     workplace.patch.setattr("slim_core.devices._available", lambda kind: 3)
     workplace.patch.setattr(Devices, "first", property(lambda self: torch.device("cpu")))  # of which memory is asked
     workplace.options["device"] = "npu:1,0"
-    assert notes_of(workplace.run("--dry-run")) == ["--device: 2 devices given, only the first, npu:1, is used"]
+    found = workplace.run("--dry-run")
+    assert notes_of(found) == []
+    assert "runner     dp_layer_wise: 2 devices are given" in found.stdout
+    assert "device     npu:1,0, 2 ranks" in found.stdout
 
 
 def test_another_runner(workplace) -> None:

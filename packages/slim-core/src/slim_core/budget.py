@@ -24,6 +24,10 @@ class MemoryBudget:
     host: int | None = None
     device: int | None = None
 
+    def of_rank(self, ranks: int) -> MemoryBudget:
+        """What each of several processes on one host may take, which have devices of their own."""
+        return MemoryBudget(None if self.host is None else self.host // ranks, self.device)
+
 
 UNLIMITED = MemoryBudget()
 

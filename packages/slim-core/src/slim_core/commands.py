@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,7 +12,8 @@ from slim_core.console import ask, say, show_table
 from slim_core.dispatch import choose_recipe, match_practice, open_library, service_for
 from slim_core.errors import EnvError, SchemaValidateError, SecurityError, SlimError, UnsupportedError
 from slim_core.logging import get_logger
-from slim_core.progress import show_progress
+from slim_core.progress import SilentProgress, show_progress
+from slim_core.ranks.world import world_of_environment
 from slim_core.recipe import dump_recipe, load_recipe
 from slim_core.service import EvalRequest, Migrator, QuantRequest, Service, find_service
 from slim_core.sizes import human_size
@@ -35,7 +37,16 @@ _logger = get_logger(__name__)
 
 
 def quantize(request: QuantRequest) -> None:
-    """``quant``: choose a recipe, show the plan and, unless it is a dry run, carry it out."""
+    """``quant``: choose a recipe, show the plan and, unless it is a dry run, carry it out.
+
+    Of several processes that ``torchrun`` started only the first one talks to the user.
+    """
+    if world_of_environment().rank:
+        logging.getLogger("slim").setLevel(logging.ERROR)
+        recipe, service = choose_recipe(request, ask)
+        if not request.dry_run:
+            service.quantize(request, recipe, SilentProgress())
+        return
     recipe, service = choose_recipe(request, ask)
     problem = _target_problem(request, service)
     if problem and not request.dry_run:

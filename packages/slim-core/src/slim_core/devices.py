@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -19,15 +19,27 @@ _logger = get_logger(__name__)
 
 @dataclass(frozen=True)
 class Devices:
-    """What a run computes on. ``indices`` is never empty; ``kind`` is ``npu``, ``cuda`` or ``cpu``."""
+    """What a run computes on. ``indices`` is never empty; ``kind`` is ``npu``, ``cuda``, or ``cpu``, where each of
+    several indices is a process.
+
+    Args:
+        place: which of the indices is this process's own.
+    """
 
     kind: str
     indices: tuple[int, ...] = (0,)
+    place: int = 0
 
     @property
     def first(self) -> torch.device:
-        """The device of a single-process run."""
-        return torch.device("cpu") if self.kind == "cpu" else torch.device(self.kind, self.indices[0])
+        """The device of this process: the first one, unless it is another rank than the first."""
+        return torch.device("cpu") if self.kind == "cpu" else torch.device(self.kind, self.indices[self.place])
+
+    def of_rank(self, local_rank: int) -> Devices:
+        """The same for another rank of those on this host; without a list of indices they are the devices in order."""
+        if self.kind != "cpu" and len(self.indices) == 1 and local_rank:
+            return Devices(self.kind, (self.indices[0] + local_rank,))
+        return replace(self, place=local_rank % len(self.indices))
 
     def only(self) -> torch.device:
         """The first one, for what uses no more; a warning says so if several were asked for."""
@@ -36,7 +48,8 @@ class Devices:
         return self.first
 
     def __str__(self) -> str:
-        return self.kind if self.kind == "cpu" else f"{self.kind}:{','.join(map(str, self.indices))}"
+        alone = self.kind == "cpu" and len(self.indices) == 1
+        return self.kind if alone else f"{self.kind}:{','.join(map(str, self.indices))}"
 
 
 def parse_device(text: str) -> tuple[str, tuple[int, ...]]:
@@ -45,8 +58,7 @@ def parse_device(text: str) -> tuple[str, tuple[int, ...]]:
     Blanks and empty items are dropped, as the protocol has it.
 
     Raises:
-        SchemaValidateError: unknown kind (case matters), an index that is no number, negative or repeated, or several
-            indices of the one CPU.
+        SchemaValidateError: unknown kind (case matters), or an index that is no number, negative or repeated.
     """
     kind, _, rest = text.partition(":")
     if kind not in _KINDS:
@@ -64,8 +76,6 @@ def parse_device(text: str) -> tuple[str, tuple[int, ...]]:
         raise SchemaValidateError(
             f"a device index is repeated in {text!r}", where="--device", remedy="name each index once"
         )
-    if kind == "cpu" and len(indices) > 1:
-        raise SchemaValidateError("the CPU is one device", where="--device", remedy="write cpu")
     return kind, indices
 
 
@@ -93,7 +103,7 @@ def resolve_devices(text: str, *, explicit: bool) -> Devices:
     """
     kind, indices = parse_device(text)
     if kind == "cpu":
-        return Devices(kind)
+        return Devices(kind, indices) if len(indices) > 1 else Devices(kind)
     count = _available(kind)
     if count == 0:
         if explicit:

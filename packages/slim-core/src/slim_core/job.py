@@ -6,15 +6,21 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
+
+from pydantic import BaseModel
 
 from slim_core.checkpoint.staging import check_target
 from slim_core.devices import Devices, resolve_devices
+from slim_core.errors import UnsupportedError
 from slim_core.evaluation.report import write_report
 from slim_core.fingerprint import fingerprint
 from slim_core.model.streamed import StreamedModel
-from slim_core.progress import Progress
-from slim_core.recipe import Recipe, SpecV1, dump_recipe
+from slim_core.progress import Progress, SilentProgress
+from slim_core.ranks.group import ALONE, Ranks, connected
+from slim_core.ranks.launch import Again, started_ranks
+from slim_core.ranks.world import World, world_of_environment
+from slim_core.recipe import Recipe, SpecV1, dump_recipe, recipe_from_dict
 from slim_core.recipe.schema import DatasetConfig
 from slim_core.runners.plan import Plan, make_plan
 from slim_core.runners.plan_experts import ExtraSamples
@@ -23,7 +29,7 @@ from slim_core.runners.run import RunResult, run_plan
 from slim_core.savers.side_files import write_text
 from slim_core.service import QuantRequest
 
-__all__ = ["Inputs", "Job", "Remarks", "Samples"]
+__all__ = ["Inputs", "Job", "Remarks", "Samples", "arguments_of", "told"]
 
 Inputs = Sequence[Mapping[str, Any]]
 """Keyword arguments of the model for each forward."""
@@ -81,6 +87,8 @@ class Job:
         keeps: patterns of files that ``save_path`` may hold; :attr:`finish` takes them over.
         spills: whether samples that are not at work wait on disk in any case; otherwise only to stay within a budget.
         finish: puts further files into the finished folder before it appears.
+        again: how the process of another rank makes the same job; None: nobody does.
+        distributes: whether several devices are used whatever the recipe says of the runner.
     """
 
     request: QuantRequest
@@ -92,10 +100,28 @@ class Job:
     keeps: tuple[str, ...] = ()
     spills: bool = False
     finish: Callable[[Path], None] | None = None
+    again: Again | None = None
+    distributes: bool = False
+
+    @cached_property
+    def world(self) -> World:
+        """Where this process stands among the ranks that somebody has started."""
+        return world_of_environment()
 
     @cached_property
     def devices(self) -> Devices:
-        return resolve_devices(self.request.device, explicit="device" in self.request.model_fields_set)
+        devices = resolve_devices(self.request.device, explicit="device" in self.request.model_fields_set)
+        return devices.of_rank(self.world.local_rank) if self.world.size > 1 else devices
+
+    @property
+    def _possible_ranks(self) -> int:
+        """How many processes there are, or could be started."""
+        return self.world.size if self.world.size > 1 else len(self.devices.indices)
+
+    @property
+    def _ranks_here(self) -> int:
+        """How many of them share the memory of this host."""
+        return self.world.local_size if self.world.size > 1 else self._possible_ranks
 
     @cached_property
     def model(self) -> StreamedModel:
@@ -126,7 +152,15 @@ class Job:
             budget=self.request.memory_budget,
             waiting_bytes=lambda: 2 * max(self.samples.tokens(dataset)) * self.samples.token_bytes,
             spills=self.spills,
+            ranks=self._possible_ranks,
+            ranks_here=self._ranks_here,
+            distributes=self.distributes,
         )
+        ranks = plan.runner.ranks
+        if ranks > 1 and plan.needs_data and not plan.runner.by_units:
+            count = len(self.samples.tokens(dataset))
+            if count < ranks:
+                plan.warnings.insert(0, f"{count} calibration samples for {ranks} ranks: {ranks - count} run none")
         if self.remarks is not None:
             plan.warnings[:0] = self.remarks(plan)
         return plan
@@ -153,10 +187,38 @@ class Job:
         Raises:
             SlimError: whatever stands in the way; nothing at ``save_path`` has changed then.
         """
+        request, world = self.request, self.world
+        if not world.rank:
+            check_target(request.save_path, request.model_path, request.overwrite, self.keeps)
+            if on_plan is not None:
+                on_plan(self.plan)
+        ranks = self.plan.runner.ranks
+        if self.plan.refusal is not None:
+            raise self.plan.refusal
+        if world.size > 1 and ranks == 1:
+            raise UnsupportedError(
+                f"{world.size} ranks were started, but this run takes one process: {self.plan.runner.reason}",
+                where="spec.runner",
+                remedy="start one process, or write runner: dp_layer_wise",
+            )
+        if ranks == 1:
+            return self._carry_out(progress, ALONE)
+        device = self.devices.first
+        if not world.rank:
+            self._identity()  # a calibration set that is made when it is first needed is made once
+        if world.size > 1:
+            with connected(world, self.devices.kind, device, None) as group:
+                return self._carry_out(progress if group.first else SilentProgress(), group)
+        if self.again is None:
+            raise UnsupportedError(
+                "this kind of run cannot start other ranks", where="--device", remedy="give one device, or use torchrun"
+            )
+        with started_ranks(self.again, ranks, self.devices.kind, device) as group:
+            return self._carry_out(progress, group)
+
+    def _carry_out(self, progress: Progress, ranks: Ranks) -> RunResult:
+        """The run of this process, which is one of the ranks."""
         request = self.request
-        check_target(request.save_path, request.model_path, request.overwrite, self.keeps)
-        if on_plan is not None:
-            on_plan(self.plan)
         effective = dump_recipe(self.recipe, self.spec)
 
         def finish(folder: Path, result: RunResult) -> None:
@@ -177,7 +239,36 @@ class Job:
             propagate=self.spec.propagate,
             resume=request.resume,
             finish=finish,
+            ranks=ranks,
+            tokens=lambda dataset: self.samples.tokens(dataset or self.spec.dataset),
         )
+
+
+def arguments_of(request: QuantRequest, recipe: Recipe) -> dict[str, Any]:
+    """A request and a recipe as plain data for JSON; :func:`told` understands it."""
+    told = {
+        "apiversion": recipe.apiversion,
+        "spec": recipe.raw_spec,
+        "metadata": recipe.metadata.model_dump(mode="json", exclude_unset=True),
+        **recipe.extra,
+    }
+    return {"request": request.model_dump(mode="json", exclude_unset=True), "recipe": _plain(told)}
+
+
+def told(request: Mapping[str, Any], recipe: Mapping[str, Any]) -> tuple[QuantRequest, Recipe]:
+    """The request and the recipe that another process was given."""
+    return QuantRequest(**request), recipe_from_dict(recipe)
+
+
+def _plain(value: Any) -> Any:
+    """The same with models, tuples and paths as what JSON has."""
+    if isinstance(value, BaseModel):
+        return value.model_dump(mode="json", exclude_unset=True)
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in cast("Mapping[Any, Any]", value).items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in cast("Sequence[Any]", value)]
+    return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
 
 
 def _safe_name(model_type: str) -> str:

@@ -52,7 +52,7 @@ class QuantRequest(BaseModel):
     model_path: Path = Field(description="Folder of the floating-point model")
     save_path: Path = Field(description="Folder for the quantized checkpoint")
     model_type: str = Field(description="Model name as the practice library knows it, e.g. Qwen2.5-7B-Instruct")
-    device: str = Field("npu", description="Device: npu, npu:0, npu:0,1,2,3, cuda, cuda:0, cpu")
+    device: str = Field("npu", description="Device: npu, npu:0, npu:0,1,2,3, cuda, cuda:0, cpu, cpu:0,1")
     config_path: Path | None = Field(None, description="Recipe (YAML); excludes --quant_type")
     quant_type: str | None = Field(None, description="Quantization type, e.g. w8a8; excludes --config_path")
     tag: list[str] = Field(default_factory=list, description="Scenario tags a practice must carry, e.g. vLLM_Ascend")

@@ -29,6 +29,14 @@ def planned(budget: MemoryBudget, devices: Devices = CPU, why_whole: str = "", e
     return plan_memory(budget, devices, shares, EXPERTS if experts else {}, why_whole)
 
 
+def test_ranks_share_what_is_to_be_allowed() -> None:
+    memory = plan_memory(MemoryBudget(100 * MIB), CPU, shares, {}, "", sharers=3)
+    assert memory.refusal is not None
+    assert memory.refusal.what.startswith("each rank would take about 250")
+    assert memory.refusal.remedy is not None
+    assert "host=750MiB" in memory.refusal.remedy
+
+
 @pytest.mark.parametrize("budget", [UNLIMITED, MemoryBudget(300 * MIB), MemoryBudget(device=1)])
 def test_nothing_changes_where_it_fits(budget: MemoryBudget) -> None:
     """On the CPU there is no device to have a budget for."""

@@ -19,7 +19,7 @@ from slim_core.processors.base import Assignment, Processor
 from slim_core.processors.float_sparse import FloatSparse, FloatSparseConfig
 from slim_core.processors.linear_quant import LinearQuant, LinearQuantConfig
 from slim_core.quantization.kinds import LayerForm, LayerKind
-from slim_core.quantization.statistics import Need
+from slim_core.quantization.statistics import Need, hessian_bytes
 from slim_core.runners.choice import RunnerChoice
 from slim_core.runners.prediction import Calibration, TowerLoad, memory_shares
 
@@ -108,11 +108,11 @@ def test_statistics_are_kept_once_for_an_input() -> None:
     def asked(need: Need) -> int:
         return peak(needs=dict.fromkeys(names(), frozenset({need}))) - peak(needs={})
 
-    assert asked(Need.HESSIAN) == 4 * (3 * HIDDEN**2 + INNER**2)
+    assert asked(Need.HESSIAN) == 3 * hessian_bytes(HIDDEN) + hessian_bytes(INNER)
     assert asked(Need.TOKENS) == 4 * 512 * (3 * HIDDEN + INNER)
     assert asked(Need.RANGE) == 0
     other = peak(needs={"layers.0.self_attn.k_proj": frozenset({Need.HESSIAN})})
-    assert other - peak(needs={}) == 4 * HIDDEN**2
+    assert other - peak(needs={}) == hessian_bytes(HIDDEN)
 
 
 def test_processors_take_turns_but_what_is_reshaped_stays() -> None:
@@ -200,7 +200,7 @@ def test_of_experts_one_at_a_time_is_in_memory() -> None:
     assert sum(saved) == saved[0] + saved[3]
     assert one[0].nbytes == 4 * WIDE * WIDE + expert
     assert one[1].what == "Hessians of the inputs of layers.0"
-    assert one[1].nbytes == 4 * (WIDE**2 + EXPERTS * (WIDE**2 + NARROW**2))
+    assert one[1].nbytes == (1 + EXPERTS) * hessian_bytes(WIDE) + EXPERTS * hessian_bytes(NARROW)
 
 
 def test_kernels_for_the_tokens_of_experts() -> None:

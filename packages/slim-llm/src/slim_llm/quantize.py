@@ -6,9 +6,10 @@ from collections.abc import Callable
 from functools import cached_property, partial
 from typing import Any
 
-from slim_core.job import Job, Remarks
+from slim_core.job import Job, Remarks, arguments_of, told
 from slim_core.model.streamed import StreamedModel
 from slim_core.progress import Progress
+from slim_core.ranks.launch import Again
 from slim_core.recipe import Recipe
 from slim_core.recipe.schema import DatasetConfig
 from slim_core.runners.plan import Plan
@@ -20,7 +21,7 @@ from slim_llm.calibration import find_dataset, read_samples, tokenize, tokenize_
 from slim_llm.models.loading import open_model, open_tokenizer
 from slim_llm.vocabulary import check_token_ids, example_input, max_positions
 
-__all__ = ["plan", "quantize"]
+__all__ = ["job_of_rank", "plan", "quantize"]
 
 
 class TextSamples:
@@ -78,7 +79,13 @@ def _job(request: QuantRequest, recipe: Recipe, remarks: Remarks | None) -> Job:
     def model() -> StreamedModel:
         return open_model(request.model_path, trust_remote_code=request.trust_remote_code)
 
-    return Job(request, recipe, recipe.spec(), model, partial(TextSamples, request), remarks)
+    again = Again("slim_llm.quantize:job_of_rank", arguments_of(request, recipe))
+    return Job(request, recipe, recipe.spec(), model, partial(TextSamples, request), remarks, again=again)
+
+
+def job_of_rank(request: dict[str, Any], recipe: dict[str, Any]) -> Job:
+    """The same job in the process of another rank."""
+    return _job(*told(request, recipe), None)
 
 
 def plan(request: QuantRequest, recipe: Recipe, *, remarks: Remarks | None = None) -> Plan:

@@ -6,11 +6,15 @@ import json
 from collections.abc import Callable, Sequence
 from functools import cached_property, partial
 from pathlib import Path
+from typing import Any
 
 from slim_core.checkpoint.staging import Staging, check_target
-from slim_core.job import Job
+from slim_core.errors import UnsupportedError
+from slim_core.job import Job, arguments_of, told
 from slim_core.logging import get_logger
 from slim_core.progress import Progress
+from slim_core.ranks.launch import Again
+from slim_core.ranks.world import world_of_environment
 from slim_core.recipe import Recipe, dump_recipe
 from slim_core.runners.plan import Plan
 from slim_core.runners.run import RunResult
@@ -21,7 +25,7 @@ from slim_sd.recipe import SpecSd
 from slim_sd.resources import KEPT_FILES
 from slim_sd.samples import CapturedSamples
 
-__all__ = ["DiffusionRun"]
+__all__ = ["DiffusionRun", "job_of_rank"]
 
 _logger = get_logger(__name__)
 
@@ -61,12 +65,11 @@ class DiffusionRun:
         names = self._spec.multimodal_sd_config.tensor_names
 
         def remarks(plan: Plan) -> list[str]:
-            devices = plan.devices
-            count, first = len(devices.indices), f"{devices.kind}:{devices.indices[0]}"
-            several = [f"--device: {count} devices given, only the first, {first}, is used"] if count > 1 else []
             source = self._calibration.remarks(component, needed=plan.needs_data)
-            return [*self._recipe.placed(self._spec.warnings()), *several, *source]
+            return [*self._recipe.placed(self._spec.warnings()), *source]
 
+        given = {**arguments_of(self._request, self._recipe), "component": component}
+        inner = request.model_dump(mode="json", exclude_unset=True)
         return Job(
             request,
             self._recipe,
@@ -77,7 +80,13 @@ class DiffusionRun:
             keeps=KEPT_FILES,
             spills=True,
             finish=finish,
+            again=Again("slim_sd.quantize:job_of_rank", {**given, "inner": inner}),
+            distributes=True,
         )
+
+    def job_of_rank(self, component: str, inner: QuantRequest) -> Job:
+        """The job for one transformer in the process of another rank than the first, which sees to all the rest."""
+        return self._job(component, inner)
 
     def run(self, progress: Progress, on_plan: Callable[[Plan], None] | None = None) -> RunResult:
         """Carry out the recipe; ``on_plan`` is shown the plan before anything is captured or written.
@@ -96,12 +105,19 @@ class DiffusionRun:
             result = self._run_all(progress, told)
         else:
             result = self._job(self._names[0], self._request, self._calibration.keep).run(progress, told)
-        self._calibration.tidy_up()
+        if not world_of_environment().rank:  # only the first one of several knows that the output is in place
+            self._calibration.tidy_up()
         return result
 
     def _run_all(self, progress: Progress, on_plan: Callable[[Plan], None]) -> RunResult:
         """One transformer after the other, into folders of a folder that takes its place when all are done."""
         request = self._request
+        if world_of_environment().size > 1:
+            raise UnsupportedError(
+                f"ranks that were started from outside cannot quantize {len(self._names)} transformers in turn",
+                where="WORLD_SIZE",
+                remedy="start one process and give it all devices, e.g. --device npu:0,1; it starts the ranks itself",
+            )
         check_target(request.save_path, request.model_path, request.overwrite, KEPT_FILES)
         shown = self.plan()
         on_plan(shown)
@@ -130,6 +146,11 @@ class DiffusionRun:
         return _together(request.save_path, results)
 
 
+def job_of_rank(request: dict[str, Any], recipe: dict[str, Any], component: str, inner: dict[str, Any]) -> Job:
+    """The job for one transformer in the process of another rank."""
+    return DiffusionRun(*told(request, recipe)).job_of_rank(component, QuantRequest(**inner))
+
+
 def _together(save_path: Path, results: Sequence[RunResult]) -> RunResult:
     """What the runs of all transformers did, in one."""
     return RunResult(
@@ -145,6 +166,10 @@ def _together(save_path: Path, results: Sequence[RunResult]) -> RunResult:
         seconds=sum(result.seconds for result in results),
         base_bytes=min((result.base_bytes for result in results), default=0),
         peak_bytes=max((result.peak_bytes for result in results), default=0),
+        rank_peak_bytes=tuple(
+            max(peaks)
+            for peaks in zip(*(result.rank_peak_bytes for result in results if result.rank_peak_bytes), strict=True)
+        ),
         bytes_in=sum(result.bytes_in for result in results),
         bytes_out=sum(result.bytes_out for result in results),
     )

@@ -47,6 +47,10 @@ class ImageInputs(Sequence[Mapping[str, Any]]):
                 self._coming[number] = self._pool.submit(self._preparation.inputs, self._samples[number])
         return self._coming.pop(at).result()
 
+    def part(self, numbers: Sequence[int]) -> ImageInputs:
+        """Those of some of the samples."""
+        return ImageInputs([self._samples[number] for number in numbers], self._preparation)
+
     def close(self) -> None:
         """Give up what was begun ahead; only what is being made at this moment is still finished."""
         for future in self._coming.values():

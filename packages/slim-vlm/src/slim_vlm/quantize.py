@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
-from slim_core.job import Job
+from slim_core.job import Job, arguments_of, told
+from slim_core.ranks.launch import Again
 from slim_core.recipe import Recipe
 from slim_core.runners.plan import Plan
 from slim_core.service import QuantRequest
@@ -12,7 +14,7 @@ from slim_vlm.inputs import ImageSamples
 from slim_vlm.models import open_vlm
 from slim_vlm.recipe import SpecVlm
 
-__all__ = ["job"]
+__all__ = ["job", "job_of_rank"]
 
 
 def job(request: QuantRequest, recipe: Recipe) -> Job:
@@ -28,9 +30,13 @@ def job(request: QuantRequest, recipe: Recipe) -> Job:
     samples = partial(ImageSamples, spec.default_text, trust)
 
     def remarks(plan: Plan) -> list[str]:
-        devices = plan.devices
-        count, first = len(devices.indices), f"{devices.kind}:{devices.indices[0]}"
-        several = [f"--device: {count} devices given, only the first, {first}, is used"] if count > 1 else []
-        return [*recipe.placed(spec.coercions()), *several]
+        del plan
+        return recipe.placed(spec.coercions())
 
-    return Job(request, recipe, spec, model, samples, remarks)
+    again = Again("slim_vlm.quantize:job_of_rank", arguments_of(request, recipe))
+    return Job(request, recipe, spec, model, samples, remarks, again=again, distributes=True)
+
+
+def job_of_rank(request: dict[str, Any], recipe: dict[str, Any]) -> Job:
+    """The same job in the process of another rank."""
+    return job(*told(request, recipe))

@@ -139,6 +139,20 @@ class Staging:
                 ) from error
             raise
 
+    @classmethod
+    def joined(cls, target: Path, finished: Sequence[str]) -> Staging:
+        """The folder that another process of the same run has prepared and keeps the journal of; only to be written to.
+
+        Args:
+            finished: the units that an interrupted run has written.
+        """
+        staging = cls.__new__(cls)
+        staging.target = _real(target)
+        staging.folder = _hidden(staging.target, "partial")
+        staging.finished = list(finished)
+        staging._lock = None
+        return staging
+
     def _unlock(self) -> None:
         if self._lock is not None:
             os.close(self._lock)

@@ -81,34 +81,52 @@ class ShardedWriter:
 
     Args:
         done: names that an earlier, interrupted run has already written; their bytes are kept.
+        own: the names that are written here, where others write the rest into the same files; None: all.
+        joins: whether another process has begun the files; this one only adds to them.
 
     Raises:
         EnvError: the disk is full or refuses a write. A background failure, of whatever kind, is raised by the next
             call; what was queued behind it is dropped.
-        UnsupportedError: a file that holds tensors of ``done`` is gone or is not the one that was begun.
+        UnsupportedError: a file that holds tensors of ``done``, or one to join, is gone or is not the one that was
+            begun.
     """
 
-    def __init__(self, folder: Path, shards: Sequence[Shard], done: Iterable[str] = ()) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        shards: Sequence[Shard],
+        done: Iterable[str] = (),
+        *,
+        own: Iterable[str] | None = None,
+        joins: bool = False,
+    ) -> None:
         self._folder = folder
         self._places: dict[str, tuple[int, int, TensorMeta]] = {}
         self._files: list[int] = []
         self._rows: dict[str, int] = {}
         self._closed = False
+        self._joins = joins
         done = set(done)
         try:
             for shard in shards:
-                self._open(shard, resumed=any(tensor.name in done for tensor in shard.tensors))
+                self._open(shard, resumed=joins or any(tensor.name in done for tensor in shard.tensors))
         except BaseException as error:
             self._close_files()
             if isinstance(error, OSError):
                 raise self._disk_error(error) from error
             raise
-        self._missing = set(self._places) - done
+        self._missing = (set(self._places) if own is None else set(own)) - done
         self._jobs = BackgroundJobs(_THREADS, QUEUE_BYTES)
 
     def _open(self, shard: Shard, resumed: bool) -> None:
         path = self._folder / shard.file_name
         if resumed and not _was_begun(path, shard):
+            if self._joins:
+                raise UnsupportedError(
+                    "this process cannot see the file that the first one has begun",
+                    where=str(path),
+                    remedy="use a save_path on a file system that all hosts share",
+                )
             raise UnsupportedError(
                 "this file of the interrupted run is gone or was changed",
                 where=str(path),
@@ -221,8 +239,11 @@ class ShardedWriter:
         self._jobs.drain()
         self._raise_failure()
 
-    def finish(self) -> None:
+    def finish(self, on_file: Callable[[], None] = lambda: None) -> None:
         """Write what is queued, force it to disk and close the files.
+
+        Args:
+            on_file: called for each file.
 
         Raises:
             UnexpectedError: a tensor of the plan was never written.
@@ -235,6 +256,7 @@ class ShardedWriter:
         try:
             for fd in self._files:
                 os.fsync(fd)
+                on_file()
         except OSError as error:
             raise self._disk_error(error) from error
         self.close()

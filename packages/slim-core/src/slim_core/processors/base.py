@@ -155,6 +155,8 @@ class UnitWork:
         starved: the linears of experts to which too few tokens were routed to learn from, and those of drafting layers,
             which nothing runs.
         note: called with what was done to every subgraph that was to be smoothed, for the report.
+        divided: carries out jobs that do not depend on each other, given with their sizes, and gives what they gave, in
+            their order; several ranks share them. What they give must be small, and without ties to the unit.
     """
 
     name: str
@@ -170,6 +172,9 @@ class UnitWork:
     states: dict[str, AttentionStatistics] = field(default_factory=dict[str, AttentionStatistics])
     starved: frozenset[str] = frozenset()
     note: Callable[[SmoothingNote], None] = lambda _note: None
+    divided: Callable[[Sequence[int], Sequence[Callable[[], Any]]], list[Any]] = lambda _sizes, jobs: [
+        job() for job in jobs
+    ]
 
     def owned_by(self, position: str) -> Iterator[LinearWork]:
         """The linears that the plan gave to the processor at ``position``, with their weights as they are now.

@@ -30,6 +30,10 @@ class SearchingSmoother(Smoother):
     def searches(self) -> bool:
         """Whether anything is left to be searched."""
 
+    @property
+    def takes_long(self) -> bool:
+        return self.searches
+
     def requests(
         self, linears: Sequence[LinearInfo], assignments: Mapping[str, Assignment]
     ) -> Mapping[str, frozenset[Need]]:

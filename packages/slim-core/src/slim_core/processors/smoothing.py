@@ -5,6 +5,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -255,19 +257,41 @@ class Smoother(Processor, ABC):
         itemsize = (self._model_dtype or torch.float32).itemsize
         return itemsize * sum(info.in_features * info.out_features for info in linears if info.name in changed)
 
+    @property
+    def takes_long(self) -> bool:
+        """Whether choosing scales is worth dividing over ranks."""
+        return False
+
     def process(self, work: UnitWork) -> None:
         skipped: dict[str, list[str]] = {}
-        for graph in self._graphs.get(work.name, ()):
-            seen = seen_by(graph, work)
-            if (reason := _nothing_in(seen)) is not None:
-                skipped.setdefault(reason, []).append(graph.name)
-                work.note(SmoothingNote(self.position, graph.label, graph.name, graph.targets, 0, skipped=reason))
-                continue
-            smoothing = self.choose(graph, seen, work)
-            done = carry_out(smoothing, work) if smoothing.changes else smoothing
-            work.note(note_of(done, seen.channels, self.position))
+        graphs = self._graphs.get(work.name, ())
+        notes: dict[int, SmoothingNote] = {}
+        for wave in _waves(graphs) if self.takes_long else [[i] for i in range(len(graphs))]:
+            seen = {i: seen_by(graphs[i], work) for i in wave}
+            for i in wave:
+                graph = graphs[i]
+                if (reason := _nothing_in(seen[i])) is not None:
+                    skipped.setdefault(reason, []).append(graph.name)
+                    notes[i] = SmoothingNote(self.position, graph.label, graph.name, graph.targets, 0, skipped=reason)
+            left = [i for i in wave if i not in notes]
+            for i, smoothing in zip(left, self._chosen([graphs[i] for i in left], seen, left, work), strict=True):
+                done = carry_out(smoothing, work) if smoothing.changes else smoothing
+                notes[i] = note_of(done, seen[i].channels, self.position)
+        for i in sorted(notes):
+            work.note(notes[i])
         for reason, sources in skipped.items():
             _logger.warning("%s: these are not smoothed, because %s: %s", work.name, reason, ", ".join(sources))
+
+    def _chosen(
+        self, graphs: Sequence[Subgraph], seen: Mapping[int, InputStatistics], places: Sequence[int], work: UnitWork
+    ) -> list[Smoothing]:
+        """The scales of subgraphs that have nothing in common."""
+        if not self.takes_long:
+            return [self.choose(graph, seen[i], work) for i, graph in zip(places, graphs, strict=True)]
+        jobs = [partial(self.choose, graph, seen[i], work) for i, graph in zip(places, graphs, strict=True)]
+        sizes = [sum(work.weights[f"{t}.weight"].meta.numel for t in graph.targets) for graph in graphs if work.weights]
+        # What comes from another rank speaks of its own copy of the subgraph.
+        return [replace(s, graph=graph) for s, graph in zip(work.divided(sizes, jobs), graphs, strict=True)]
 
     @abstractmethod
     def choose(self, graph: Subgraph, seen: InputStatistics, work: UnitWork) -> Smoothing:
@@ -280,6 +304,20 @@ class Smoother(Processor, ABC):
     def is_shifted(self, graph: Subgraph) -> bool:
         """Whether the inputs of this subgraph are centred."""
         return graph.source in self._shifted
+
+
+def _waves(graphs: Sequence[Subgraph]) -> list[list[int]]:
+    """Subgraphs in an order that leaves every two with a module in common as they are; those of a wave have none."""
+    waves: list[list[int]] = []
+    last: dict[str, int] = {}  # by module, the last wave that changes it
+    for i, graph in enumerate(graphs):
+        modules = [name for name in (graph.source, *graph.targets) if name]
+        wave = 1 + max((last.get(name, -1) for name in modules), default=-1)
+        if wave == len(waves):
+            waves.append([])
+        waves[wave].append(i)
+        last.update(dict.fromkeys(modules, wave))
+    return waves
 
 
 def _is_silent(norm: Subgraph, model: StreamedModel, stored: Mapping[str, str]) -> bool:

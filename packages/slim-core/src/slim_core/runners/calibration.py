@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass, replace
 from types import TracebackType
@@ -46,6 +46,7 @@ class BlockForwards:
             is called at the end.
         extra: the same of extra samples, which are run apart from the others and are in one stream, the last.
         spill: keeps on disk what samples hold while they are not at work; None: that stays in memory.
+        tick: called for every forward of a block.
     """
 
     def __init__(
@@ -56,8 +57,10 @@ class BlockForwards:
         streams: int = 1,
         extra: Sequence[Mapping[str, Any]] = (),
         spill: Spill | None = None,
+        tick: Callable[[], None] = lambda: None,
     ) -> None:
         self._model = model
+        self._tick = tick
         self._device = device
         self.samples = len(inputs)
         self._streams = streams
@@ -128,6 +131,7 @@ class BlockForwards:
 
     def _compute(self, index: int) -> Any:
         self.count += 1
+        self._tick()
         call = self._call(index)
         if self._device.type != "cpu":
             there = BlockCall(call.sample, call.block, moved(call.args, self._device), moved(call.kwargs, self._device))

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from slim_core.model.experts import ExpertLayer
 from slim_core.quantization.statistics import InputObserver, InputStatistics
+from slim_core.ranks.group import Ranks
 from slim_core.runners.calibration import BlockForwards
 from slim_core.runners.expert_routing import RoutedTokens
 from slim_core.runners.plan import Plan
@@ -56,6 +57,12 @@ class ExpertTokens:
         x: Tensor = args[0] if args else kwargs["input"]
         self._now[key] += x.shape[:-1].numel()
 
+    def gather(self, ranks: Ranks, unit: str) -> None:
+        """Count what went into the experts on all ranks, now that the samples of each have passed."""
+        counts = ranks.gather(self._counts, f"the experts of {unit}")
+        for key in self._counts:
+            self._counts[key] = sum(given[key] for given in counts)
+
     def _below(self) -> Iterator[tuple[ExpertLayer, int]]:
         """The experts that have not reached the quota."""
         for layer in self._layers:
@@ -67,8 +74,11 @@ class ExpertTokens:
         """The tokens that the statistics of an expert are made of."""
         return self._counts[layer, number] + self._extra[layer, number] + self._forced[layer, number]
 
-    def add_extra(self, forwards: BlockForwards, observer: InputObserver) -> list[Any]:
+    def add_extra(self, forwards: BlockForwards, observer: InputObserver, *, learn: bool = True) -> list[Any]:
         """Run the extra samples; experts below the quota learn from them until they have reached it.
+
+        Args:
+            learn: whether that is the business of this rank; all of them run the same samples.
 
         Returns:
             The outputs of the block, on the host.
@@ -78,7 +88,7 @@ class ExpertTokens:
         outputs: list[Any] = []
         for sample in range(forwards.extra):
             below = list(self._below())
-            observer.only = {name for layer, number in below for name in layer.experts[number].values()}
+            observer.only = {name for layer, number in below for name in layer.experts[number].values() if learn}
             before = self._now = dict.fromkeys(self._counts, 0)
             outputs.append(forwards.compute_extra(sample))
             for layer, number in below:

@@ -160,6 +160,9 @@ def make_plan(
     budget: MemoryBudget = UNLIMITED,
     waiting_bytes: Callable[[], int] = lambda: 0,
     spills: bool = False,
+    ranks: int = 1,
+    ranks_here: int = 1,
+    distributes: bool = False,
 ) -> Plan:
     """Work out the plan of a run.
 
@@ -176,6 +179,9 @@ def make_plan(
         budget: what the run may take; beyond it, experts are in memory one at a time, or else the plan is refused.
         waiting_bytes: gives what the largest of its forwards keeps while it is at work, before and after a block.
         spills: whether samples that are not at work wait on disk in any case.
+        ranks: how many processes there could be; all of them make the same plan, and its memory is that of one.
+        ranks_here: how many of them share the memory of this host, and the budget for it.
+        distributes: whether several devices are used whatever the recipe says of the runner.
         force: only warn of what no engine can load; else the plan is one that is refused.
 
     Raises:
@@ -190,7 +196,7 @@ def make_plan(
     rules = [rule for processor in processors for rule in processor.rules()]
     linears = [linear for unit in model.units for linear in unit.linears]
     assignments, warnings = assign_linears(linears, rules, training_positions(processors))
-    model = _adopted(model, original, processors, example, budget, assignments, saver)
+    model = _adopted(model, original, processors, example, budget.of_rank(ranks_here), assignments, saver)
     stages = plan_stages(spec, model, processors)
     linears = [linear for unit in model.units for linear in unit.linears]
     attention_rules = [rule for processor in processors for rule in processor.attention_rules()]
@@ -217,7 +223,17 @@ def make_plan(
     states = frozenset(request for processor in processors for request in processor.state_requests())
     observes = bool(requests or states) or any(assignment.form.needs_data for assignment in attentions.values())
     needs_data = observes or any(processor.runs_block for processor in processors)
-    runner = choose_runner(spec.runner, model, devices, needs_data=needs_data, budget=budget)
+    runner = choose_runner(
+        spec.runner,
+        model,
+        devices,
+        needs_data=needs_data or bool(stages),
+        budget=budget,
+        ranks=ranks,
+        whole_units=_why_whole_units(processors, spec, needs_data),
+        distributes=distributes,
+        searches=any(_searches(scheme) for processor in processors for scheme in processor.schemes().values()),
+    )
     fresh, anew = fresh_requests(processors, requests), fresh_states(processors, attentions)
     streams, forwards = passes(processors, spec, observes, needs_data)
     output = saver.declare(model, assignments, attentions)
@@ -227,7 +243,8 @@ def make_plan(
         for unit, real in zip(_units(model, assignments, rules, output), model.units, strict=True)
     ]
     kept = any(processor.runs_block for processor in processors)  # the outputs of the block at work
-    activations = activation_bytes() * (streams + kept) if needs_data else 0
+    sharing = 1 if runner.by_units else runner.ranks
+    activations = -(-activation_bytes() // sharing) * (streams + kept) if needs_data else 0
     calibration, experts = None, PlannedExperts({})
     if needs_data:
         experts, about_experts = plan_experts(
@@ -243,7 +260,10 @@ def make_plan(
             tower_load(spec.dataset),
             waiting_bytes(),
         )
-    learning = [(stage, Calibration(stage_bytes(stage.dataset), towers=tower_load(stage.dataset))) for stage in stages]
+    learning = [
+        (stage, Calibration(-(-stage_bytes(stage.dataset) // runner.ranks), towers=tower_load(stage.dataset)))
+        for stage in stages
+    ]
 
     def shares(by_expert: Mapping[str, Sequence[ExpertLayer]], on_disk: bool) -> list[list[Share]]:
         given = (model, runner, processors, assignments, requests, calibration, by_expert)
@@ -257,13 +277,15 @@ def make_plan(
         ]
         return [main, *ahead]
 
+    sharers = ranks_here if runner.ranks > 1 else 1
     memory = plan_memory(
-        budget,
+        budget.of_rank(sharers),
         devices,
         shares,
         experts.layers,
         _why_whole(runner, processors, needs_data),
         on_disk=((True,) if spills else (False, True)) if needs_data else (False,),
+        sharers=sharers,
     )
     return Plan(
         model=model,
@@ -334,6 +356,23 @@ def _why_whole(runner: RunnerChoice, processors: Sequence[Processor], needs_data
         return "runner: model_wise keeps all blocks in memory; use layer_wise"
     trains = next((processor for processor in processors if processor.runs_block), None)
     return f"{trains.config.type} learns all weights of a block together" if trains is not None else ""
+
+
+def _searches(scheme: object) -> bool:
+    """Whether linears of this scheme take more than one look at their weights."""
+    weight = getattr(scheme, "weight", None)
+    return getattr(weight, "method", "minmax") != "minmax"
+
+
+def _why_whole_units(processors: Sequence[Processor], spec: SpecV1, needs_data: bool) -> str:
+    """Why several ranks cannot divide the linears of a unit; empty if they can."""
+    trains = next((processor for processor in processors if processor.runs_block), None)
+    if trains is not None:
+        order = ", one after the other" if spec.propagate == "quantized" else ""
+        return f"{trains.config.type} trains all linears of a block together{order}"
+    if needs_data and spec.dataset.route_starved_experts and spec.dataset.min_tokens_per_expert:
+        return "route_starved_experts chooses among the tokens of all samples"
+    return "" if needs_data else "no sample is run"
 
 
 def _adopted(

@@ -63,6 +63,7 @@ def plan_memory(
     why_whole: str,
     *,
     on_disk: Sequence[bool] = (False, True),
+    sharers: int = 1,
 ) -> PlannedMemory:
     """See whether a run stays within its budget: as it is, with one expert in memory at a time, with activations on
     disk, or with both.
@@ -72,6 +73,7 @@ def plan_memory(
             activations wait on disk.
         experts: by unit, those that can be.
         why_whole: why that would be no help; empty if nothing speaks against it.
+        sharers: how many processes on this host have such a budget each.
         on_disk: whether activations may wait in memory (False) and on disk (True), in the order of preference.
     """
     if not experts:
@@ -84,7 +86,7 @@ def plan_memory(
     spills, by_expert = ways[-1]
     stages = shares(experts if by_expert else {}, spills)
     beyond = _beyond(stages, budget, devices)
-    refusal = _refusal(beyond, budget, why_whole, spills) if beyond else None
+    refusal = _refusal(beyond, budget, why_whole, spills, sharers) if beyond else None
     return PlannedMemory(_largest(stages), budget, by_expert, spills, refusal)
 
 
@@ -117,7 +119,7 @@ def _beyond(stages: list[list[Share]], budget: MemoryBudget, devices: Devices) -
 
 
 def _refusal(
-    beyond: dict[str, list[Share]], budget: MemoryBudget, why_whole: str, spills: bool
+    beyond: dict[str, list[Share]], budget: MemoryBudget, why_whole: str, spills: bool, sharers: int
 ) -> UnsupportedError:
     texts: list[str] = []
     enough: list[str] = []
@@ -126,11 +128,11 @@ def _refusal(
         listed = ", ".join(f"{human_size(share.nbytes)} {share.what}" for share in parts)
         needed = sum(share.nbytes for share in parts)
         texts.append(f"about {human_size(needed)} of {place} memory, not {_limits(budget)[place]}: {listed}")
-        enough.append(f"{place}={-(-needed // _MIB)}MiB")
+        enough.append(f"{place}={-(-needed // _MIB) * (sharers if place == 'host' else 1)}MiB")
     why = f" ({why_whole})" if why_whole else ", even with one expert at a time in memory"
     why += ", though all samples but one wait on disk" if spills else ""
     return UnsupportedError(
-        f"the run would take {'; and '.join(texts)}{why}",
+        f"{'each rank' if sharers > 1 else 'the run'} would take {'; and '.join(texts)}{why}",
         where="--max_memory",
         remedy=f"allow {','.join(enough)}, or choose fewer or shorter samples or methods that need less",
     )

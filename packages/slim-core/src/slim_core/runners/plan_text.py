@@ -26,11 +26,11 @@ def render_summary(plan: Plan) -> str:
         *(("model", text) for processor in plan.processors if (text := processor.summary())),
         *_stages(plan),
         ("runner", f"{plan.runner.name}: {plan.runner.reason}"),
-        ("device", str(plan.devices)),
+        ("device", _device(plan)),
         ("data", _data(plan)),
         *([("experts", text)] if (text := plan.experts.summary()) else []),
         ("output", _output(plan)),
-        ("memory", plan.memory.summary()),
+        ("memory", plan.memory.summary() + (", for each rank" if plan.runner.ranks > 1 else "")),
     ]
     lines = [f"Plan of {plan.part}" if plan.part else "Plan", *(f"  {name:<10} {value}" for name, value in rows)]
     if plan.warnings:
@@ -53,6 +53,11 @@ def _stages(plan: Plan) -> list[tuple[str, str]]:
         for stage in plan.stages
         for processor in stage.processors
     ]
+
+
+def _device(plan: Plan) -> str:
+    ranks = plan.runner.ranks
+    return f"{plan.devices}, {ranks} ranks" if ranks > 1 else str(plan.devices)
 
 
 def _data(plan: Plan) -> str:

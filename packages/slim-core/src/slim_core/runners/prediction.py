@@ -19,13 +19,13 @@ from slim_core.model.experts import ExpertLayer, expert_layers
 from slim_core.model.streamed import StreamedModel
 from slim_core.model.units import LinearInfo, Unit
 from slim_core.processors.base import Assignment, Processor
-from slim_core.quantization.statistics import Need
+from slim_core.quantization.statistics import Need, hessian_bytes
 from slim_core.quantization.statistics.histogram import BINS
 from slim_core.quantization.statistics.inputs import SAMPLED_TOKENS
 from slim_core.runners.choice import RunnerChoice, unit_bytes
 from slim_core.savers.loaders import fused_leaves
 
-__all__ = ["Calibration", "Share", "TowerLoad", "memory_shares"]
+__all__ = ["Calibration", "Share", "TowerLoad", "input_of", "memory_shares"]
 
 # What the first forward of a block loads (kernels, thread stacks) and the heaps of the threads keep.
 _LIBRARIES = 48 << 20
@@ -221,12 +221,12 @@ def _observed(unit: Unit, requests: Mapping[str, frozenset[Need]]) -> int:
     inputs: dict[tuple[str, str], tuple[int, frozenset[Need]]] = {}
     for info in unit.linears:
         if needs := requests.get(info.name):
-            _, before = inputs.get(_input_of(info), (0, frozenset[Need]()))
-            inputs[_input_of(info)] = info.in_features, before | needs
+            _, before = inputs.get(input_of(info), (0, frozenset[Need]()))
+            inputs[input_of(info)] = info.in_features, before | needs
     return sum(_statistics(width, needs) for width, needs in inputs.values())
 
 
-def _input_of(info: LinearInfo) -> tuple[str, str]:
+def input_of(info: LinearInfo) -> tuple[str, str]:
     """The same for linears that are known to read the same input: q, k and v; gate and up."""
     parent, _, leaf = info.name.rpartition(".")
     return parent, next((fused[0] for fused in fused_leaves() if leaf in fused), leaf)
@@ -234,7 +234,7 @@ def _input_of(info: LinearInfo) -> tuple[str, str]:
 
 def _statistics(width: int, needs: frozenset[Need]) -> int:
     sizes = {
-        Need.HESSIAN: 4 * width * width,
+        Need.HESSIAN: hessian_bytes(width),
         Need.TOKENS: 4 * width * SAMPLED_TOKENS,
         Need.HISTOGRAM: 8 * BINS,
         Need.CHANNELS: 32 * width,

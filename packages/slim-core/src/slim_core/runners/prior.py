@@ -20,9 +20,12 @@ from slim_core.model.streamed import StreamedModel
 from slim_core.processors.base import Processor, create_processor
 from slim_core.progress import Progress
 from slim_core.quantization.statistics import InputObserver, InputStatistics, Need
+from slim_core.ranks.group import ALONE, Ranks
 from slim_core.recipe import SpecV1
 from slim_core.recipe.schema import DatasetConfig
 from slim_core.runners.calibration import BlockForwards
+from slim_core.runners.division import part_of
+from slim_core.runners.reduction import reduced_inputs
 
 __all__ = ["LEARNED_FILE", "PlannedStage", "StageInputs", "keep_learned", "learned_before", "plan_stages", "run_stages"]
 
@@ -99,11 +102,15 @@ def run_stages(
     progress: Progress,
     *,
     by_expert: bool = False,
+    ranks: Ranks = ALONE,
+    tokens: Callable[[DatasetConfig], Sequence[int]] = lambda _: (),
 ) -> tuple[dict[str, Tensor], int]:
     """Carry out the stages.
 
     Args:
         by_expert: have the weights of one routed expert at a time in memory.
+        ranks: who runs the samples; the first of them learns.
+        tokens: gives the tokens of every sample of a calibration set.
 
     Returns:
         What was learned, by name, and how many forward passes of single blocks it took.
@@ -112,13 +119,16 @@ def run_stages(
     forwards = 0
     for stage in stages:
         with torch.no_grad():
-            seen, count = _observe(stage, model, inputs(stage.dataset), device, progress, by_expert)
-        forwards += count
+            mine = part_of(inputs(stage.dataset), tokens(stage.dataset), ranks.rank, ranks.size)
+            seen, count = _observe(stage, model, mine, device, progress, by_expert, ranks)
+        forwards += sum(ranks.gather(count, stage.position))
+        if not ranks.first:
+            continue
         samples = {id(statistics): statistics.kept.tokens() for statistics in seen.values() if statistics.tokens}
         for processor, watched in zip(stage.processors, stage.watched, strict=True):
             shown = {name: samples[id(seen[name])] for name in watched if seen[name].tokens}
             learned |= processor.learn(shown)
-    return learned, forwards
+    return ranks.broadcast(learned, 0, "what the stages have learned"), forwards
 
 
 def _observe(
@@ -128,13 +138,14 @@ def _observe(
     device: torch.device,
     progress: Progress,
     by_expert: bool,
+    ranks: Ranks,
 ) -> tuple[dict[str, InputStatistics], int]:
     """What was seen of the inputs of the linears of a stage, and how many blocks were run for it."""
     seen: dict[str, InputStatistics] = {}
     blocks = model.running
     tokens = stage.tokens
     progress.start(f"Learning ({stage.position})", dict.fromkeys((unit.name for unit in blocks), 1))
-    with BlockForwards(model, inputs, device) as forwards:
+    with BlockForwards(model, inputs, device, tick=ranks.tick) as forwards:
         for unit in blocks:
             progress.begin(unit.name)
             forwards.reach(unit)
@@ -144,7 +155,8 @@ def _observe(
                     observer.watch(name, model.module.get_submodule(name), (Need.TOKENS,), tokens[name])
                 forwards.run(hand_on=True)
                 observer.stop()
-                seen |= observer.statistics
+                widths = {info.name: info.in_features for info in unit.linears}
+                seen |= reduced_inputs(observer, widths, ranks, lambda _: 0, device, unit.name)
             progress.done(unit.name)
         return seen, forwards.count
 

@@ -121,6 +121,8 @@ class RunResult:
         stage_forwards: those of the stages ahead of the main one.
         peak_bytes: the most memory the process ever had.
         base_bytes: its memory when the run began.
+        rank_peak_bytes: the most memory that each of several ranks ever had; empty for one.
+        cpu_seconds: processor time of the work on the units, of each rank.
     """
 
     save_path: Path
@@ -140,6 +142,8 @@ class RunResult:
     peak_bytes: int = 0
     bytes_in: int = 0
     bytes_out: int = 0
+    rank_peak_bytes: tuple[int, ...] = ()
+    cpu_seconds: tuple[float, ...] = ()
 
     def counts(self) -> dict[str, int]:
         """How many records of every sort there are, besides units."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -16,13 +17,17 @@ from safetensors import safe_open
 from slim_core.checkpoint.header import DTYPE_NAMES
 from slim_core.checkpoint.staging import JOURNAL, Staging
 from slim_core.checkpoint.writer import ShardedWriter
-from slim_core.errors import UnsupportedError, VerificationError
+from slim_core.errors import UnexpectedError, UnsupportedError, VerificationError
 from slim_core.logging import get_logger
 from slim_core.memory import give_back_freed_memory, peak_memory, resident_memory
 from slim_core.model.streamed import StreamedModel
 from slim_core.progress import Progress
+from slim_core.ranks.group import ALONE, Ranks
+from slim_core.recipe.schema import DatasetConfig
 from slim_core.runners.calibration import BlockForwards
+from slim_core.runners.division import Division, part_of
 from slim_core.runners.expert_tokens import starved_warning
+from slim_core.runners.ledger import Ledger
 from slim_core.runners.plan import Plan
 from slim_core.runners.prior import LEARNED_FILE, StageInputs, keep_learned, learned_before, run_stages
 from slim_core.runners.records import RunResult, UnitRecord
@@ -48,6 +53,8 @@ def run_plan(
     propagate: str = "float",
     resume: bool = False,
     finish: Callable[[Path, RunResult], None] | None = None,
+    ranks: Ranks = ALONE,
+    tokens: Callable[[DatasetConfig | None], Sequence[int]] = lambda _: (),
 ) -> RunResult:
     """Carry out a plan.
 
@@ -60,6 +67,9 @@ def run_plan(
         stage_calibration: the same for the calibration set of a stage ahead of the main one.
         propagate: ``float`` or ``quantized``, what a block hands to the next one during calibration.
         finish: writes further files into the finished folder before it appears.
+        ranks: the processes that carry out the same plan together, and call this with the same arguments.
+        tokens: gives the tokens of every forward of the calibration set of a stage, or (None) of the main one, by which
+            ranks share them.
 
     Raises:
         SlimError: the plan is refused, or whatever went wrong; an interrupted run can be resumed if at least one unit
@@ -68,7 +78,7 @@ def run_plan(
     if plan.refusal is not None:
         raise plan.refusal
     began = time.monotonic()
-    staging = Staging(save_path, fingerprint, resume=resume)
+    staging = _staged(save_path, fingerprint, resume, ranks)
     result = RunResult(
         save_path,
         warnings=list(plan.warnings),
@@ -78,29 +88,43 @@ def run_plan(
         bytes_out=plan.bytes_out,
     )
     try:
-        _recall(staging.folder / JOURNAL, result)
-        model = _informed(plan, staging, stage_calibration, result, progress)
+        if ranks.first:
+            _recall(staging.folder / JOURNAL, result)
+        recalled = result.counts()
+        model = _informed(plan, staging, stage_calibration, result, progress, ranks, tokens)
         by_unit: dict[str, list[PlannedTensor]] = {unit.name: [] for unit in model.units}
         for tensor in plan.output.tensors:
             by_unit[tensor.unit].append(tensor)
         written = [tensor.meta.name for name in staging.finished for tensor in by_unit[name]]
         progress.start("Quantizing", {unit.name: unit.bytes_in + unit.bytes_out + 1 for unit in plan.units})
         with ExitStack() as stack:
-            writer = ShardedWriter(staging.folder, plan.output.shards, done=written)
+            division = Division(plan, ranks.rank)
+            writer = _writer(plan, staging, written, division, ranks)
             stack.callback(writer.close)
-            bench = Bench(model, plan, writer, staging, result, by_unit, propagate == "quantized")
+            ledger = Ledger(staging, writer, ranks, [unit.name for unit in model.units], division.keeper)
+            stack.callback(ledger.close)
+            bench = Bench(model, plan, writer, staging, result, by_unit, propagate == "quantized", division, ranks)
             if plan.needs_data and calibration is not None:
                 inputs = calibration()
+                if not division.by_units:
+                    inputs = part_of(inputs, tokens(None), ranks.rank, ranks.size)
                 quota = plan.experts.quota
                 extra = extra_calibration() if quota is not None and quota.extra.count else ()
                 spill = Spill(staging.folder) if plan.memory.spills else None
-                forwards = BlockForwards(model, inputs, plan.devices.first, plan.streams, extra, spill)
+                forwards = BlockForwards(model, inputs, plan.devices.first, plan.streams, extra, spill, ranks.tick)
                 bench.forwards = stack.enter_context(forwards)
+            before = time.process_time()
             with torch.no_grad():
-                _work_through(bench, progress)
+                _work_through(bench, ledger, progress)
+            result.cpu_seconds = (time.process_time() - before,)
             if bench.forwards is not None:
                 result.samples, result.extra_samples = bench.forwards.given()
-            writer.finish()
+            ledger.complete()
+            writer.finish(ranks.tick)
+            _unite(plan, result, recalled, ledger, division, ranks)
+        ranks.part()
+        if not ranks.first:
+            return result
         if (text := starved_warning(result, plan.experts.quota)) is not None:
             _logger.warning("%s", text)
             result.warnings.append(text)
@@ -114,7 +138,7 @@ def run_plan(
         (staging.folder / LEARNED_FILE).unlink(missing_ok=True)
         staging.commit()
     except BaseException:
-        if staging.leave(keep=(staging.folder / LEARNED_FILE).exists()):
+        if ranks.first and staging.leave(keep=(staging.folder / LEARNED_FILE).exists()):
             after = f"the unit after {staging.finished[-1]}" if staging.finished else "the first unit"
             _logger.warning("interrupted; run again with --resume to continue at %s", after)
         raise
@@ -123,14 +147,86 @@ def run_plan(
     return result
 
 
+def _staged(save_path: Path, fingerprint: str, resume: bool, ranks: Ranks) -> Staging:
+    """The folder to write to, which the first rank prepares.
+
+    Raises:
+        UnsupportedError: the ranks are not about to do the same.
+    """
+    seen = ranks.gather(fingerprint, "the comparison of all ranks")
+    if odd := [rank for rank, other in enumerate(seen) if other != seen[0]]:
+        raise UnsupportedError(
+            f"rank {odd[0]} sees another model, recipe, calibration set or version than rank 0",
+            where=str(save_path),
+            remedy="give all hosts the same files, with the same times of change (cp -p, rsync -t), and versions",
+        )
+    staging = Staging(save_path, fingerprint, resume=resume) if ranks.first else None
+    finished = ranks.broadcast(staging.finished if staging is not None else [], 0, "the beginning")
+    return staging or Staging.joined(save_path, finished)
+
+
+def _writer(plan: Plan, staging: Staging, written: list[str], division: Division, ranks: Ranks) -> ShardedWriter:
+    """What writes this rank's tensors, into files that the first rank has begun."""
+    own = None if ranks.size == 1 else division.written_by(ranks.rank)
+    if ranks.first:
+        writer = ShardedWriter(staging.folder, plan.output.shards, done=written, own=own)
+        ranks.barrier("the layout of the output")
+        return writer
+    ranks.barrier("the layout of the output")
+    return ShardedWriter(staging.folder, plan.output.shards, done=written, own=own, joins=True)
+
+
+def _unite(
+    plan: Plan, result: RunResult, recalled: Mapping[str, int], ledger: Ledger, division: Division, ranks: Ranks
+) -> None:
+    """Make the result of the first rank that of all of them, and check that nothing was left to nobody.
+
+    Args:
+        recalled: how many records of every sort were taken over from an interrupted run.
+
+    Raises:
+        UnexpectedError: a tensor was written by none of the ranks, or by several.
+    """
+    if ranks.size == 1:
+        return
+    done = ranks.gather(division.written_by(ranks.rank), "the end of writing")
+    counts = Counter(name for names in done for name in names)
+    wrong = [tensor.meta.name for tensor in plan.output.tensors if counts[tensor.meta.name] != 1]
+    if wrong:
+        raise UnexpectedError(f"{len(wrong)} tensors were not written by exactly one rank", where=wrong[0])
+    told = ranks.gather((result.samples, result.block_forwards, peak_memory(), *result.cpu_seconds), "the account")
+    result.rank_peak_bytes = tuple(peak for _, _, peak, _ in told)
+    result.cpu_seconds = tuple(seconds for *_, seconds in told)
+    if not ranks.first:
+        return
+    if not division.by_units:
+        result.samples = sum(samples for samples, *_ in told)
+    result.block_forwards = sum(forwards for _, forwards, *_ in told)
+    del result.units[result.resumed_units :]
+    for name, count in recalled.items():
+        del getattr(result, name)[count:]
+    for unit in plan.units:
+        if (note := ledger.notes.get(unit.name)) is not None:
+            result.units.append(UnitRecord(**note["cost"]))
+            result.recall(note)
+    order = {linear.name: at for at, linear in enumerate(linear for unit in plan.units for linear in unit.linears)}
+    result.linears.sort(key=lambda record: order[record.name])
+
+
 def _informed(
-    plan: Plan, staging: Staging, inputs: StageInputs | None, result: RunResult, progress: Progress
+    plan: Plan,
+    staging: Staging,
+    inputs: StageInputs | None,
+    result: RunResult,
+    progress: Progress,
+    ranks: Ranks,
+    tokens: Callable[[DatasetConfig], Sequence[int]],
 ) -> StreamedModel:
     """The model to be worked on, once the stages ahead have learned what they should, or did so before."""
     model = plan.model
     if not plan.stages:
         return model
-    learned = learned_before(staging.folder)
+    learned = ranks.broadcast(learned_before(staging.folder) if ranks.first else None, 0, "what was learned before")
     if learned is None:
         if inputs is None:
             raise UnsupportedError(
@@ -140,9 +236,13 @@ def _informed(
             )
         by_expert = plan.memory.by_expert
         learned, result.stage_forwards = run_stages(
-            plan.stages, model, inputs, plan.devices.first, progress, by_expert=by_expert
+            *(plan.stages, model, inputs, plan.devices.first, progress),
+            by_expert=by_expert,
+            ranks=ranks,
+            tokens=tokens,
         )
-        keep_learned(staging.folder, learned)
+        if ranks.first:
+            keep_learned(staging.folder, learned)
     for processor in plan.processors:
         model = processor.inherit(learned, model)
     return model
@@ -156,15 +256,16 @@ def _recall(journal: Path, result: RunResult) -> None:
             result.recall(note)
 
 
-def _work_through(bench: Bench, progress: Progress) -> None:
+def _work_through(bench: Bench, ledger: Ledger, progress: Progress) -> None:
     model, plan, result = bench.model, bench.plan, bench.result
     _prefetch(bench, 0)
     for position, unit in enumerate(model.units):
         _prefetch(bench, position + 1)
         progress.begin(unit.name)
+        bench.ranks.tick(unit.name)
         began, before = time.monotonic(), result.counts()
         finished = unit.name in bench.staging.finished
-        run = UnitRun(bench, unit, finished=finished)
+        run = UnitRun(bench, unit, finished=finished or not bench.division.works_on(unit.name))
         if unit.stop is not None and bench.forwards is not None:
             run.calibrated(bench.forwards)
         else:
@@ -174,7 +275,7 @@ def _work_through(bench: Bench, progress: Progress) -> None:
             cost = UnitRecord(unit.name, seconds, resident_memory(), planned.bytes_in, planned.bytes_out)
             result.units.append(cost)
             note: dict[str, object] = {"cost": asdict(cost), **result.noted_since(before)}
-            bench.writer.after_writing(lambda name=unit.name, note=note: bench.staging.record(name, note))
+            ledger.note(unit.name, note)
         if not plan.runner.keeps_model:
             model.source.release(unit.tensors.values())
         if plan.needs_data:  # weights alone leave little behind, and touching fresh memory costs time
@@ -185,6 +286,8 @@ def _work_through(bench: Bench, progress: Progress) -> None:
 def _prefetch(bench: Bench, position: int) -> None:
     if position < len(bench.model.units):
         unit = bench.model.units[position]
+        if not bench.plan.needs_data and not bench.division.works_on(unit.name):
+            return
         assigned = {info.prefix for info in unit.linears if info.name in bench.plan.assignments}
         source, needed = bench.model.source, bench.plan.needs_data and not unit.mirrors
         # Without data, what is stored as it will be written is copied without being read.

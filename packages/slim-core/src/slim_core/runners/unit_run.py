@@ -23,11 +23,14 @@ from slim_core.quantization.attention import QuantizedAttention
 from slim_core.quantization.layers import QuantizedLinear, ScaledInput
 from slim_core.quantization.statistics import Hessian, InputObserver, InputStatistics, Need, TokenSample
 from slim_core.quantization.statistics.attention import AttentionStatistics
+from slim_core.ranks.group import ALONE, Ranks
 from slim_core.runners.attention_run import attention_record, attention_work, ranges_for, statistics_for, taps_of
 from slim_core.runners.calibration import BlockForwards, KeptBlock, simulated, simulating_taps
+from slim_core.runners.division import Division, shares
 from slim_core.runners.expert_tokens import ExpertTokens
 from slim_core.runners.plan import Plan
 from slim_core.runners.records import LinearRecord, RunResult
+from slim_core.runners.reduction import reduced_attentions, reduced_inputs
 from slim_core.savers.base import PlannedTensor
 
 __all__ = ["Bench", "UnitRun"]
@@ -48,7 +51,14 @@ class Bench:
     result: RunResult
     by_unit: dict[str, list[PlannedTensor]]
     propagate_quantized: bool
+    division: Division
+    ranks: Ranks = ALONE
     forwards: BlockForwards | None = None
+
+    @property
+    def shared(self) -> Ranks:
+        """Those that work on a unit together."""
+        return ALONE if self.division.by_units else self.ranks
 
 
 @dataclass
@@ -78,7 +88,8 @@ class UnitRun:
     """One unit of a run.
 
     Args:
-        finished: an interrupted run has already written it; it is worked on only if the next block must see it.
+        finished: an interrupted run has already written it, or another rank does; it is worked on only if the next
+            block must see it.
     """
 
     def __init__(self, bench: Bench, unit: Unit, *, finished: bool) -> None:
@@ -124,6 +135,7 @@ class UnitRun:
         if plan.streams > 1:
             experts = None if observes else self._watch_experts(forwards)
             targets = forwards.run(hand_on=True, stream=0, keep=keep)
+            self._gather_tokens(experts)
         if observes:
             hand_on = not (bench.propagate_quantized or keep)
             watched = _Watched(requests, lambda name: name not in again, plan.states, True) if works else _Watched()
@@ -175,10 +187,15 @@ class UnitRun:
         tokens = forwards.tokens() if quota.routes else None
         return ExpertTokens(module, self._layers_of_experts, quota.minimum, tokens)
 
+    def _gather_tokens(self, experts: ExpertTokens | None) -> None:
+        """The samples of all ranks have passed."""
+        if experts is not None:
+            experts.gather(self._bench.shared, self._unit.name)
+
     def _note_experts(self, experts: ExpertTokens | None) -> None:
         if experts is not None:
             experts.stop()
-            if self._write:
+            if self._write and self._bench.shared.first:
                 self._bench.result.experts += experts.records(self._bench.plan)
 
     def _fresh(self) -> dict[str, frozenset[Need]]:
@@ -207,7 +224,8 @@ class UnitRun:
         for info in self._unit.linears:
             if needs := watched.requests.get(info.name):
                 observer.watch(info.name, model.module.get_submodule(info.name), needs)
-        tokens = forwards.attended() if self._unit.attentions else 0
+        shared = self._bench.shared
+        tokens = sum(shared.gather(forwards.attended(), self._unit.name)) if self._unit.attentions else 0
         seen = statistics_for(self._unit, plan.attentions, tokens, watched.attention)
         ranges = ranges_for(self._unit, watched.states)
         experts = self._watch_experts(forwards) if watched.experts else None
@@ -215,11 +233,17 @@ class UnitRun:
             outputs = forwards.run(hand_on=hand_on, keep=keep)
         extra: list[Any] = []
         if experts is not None:
-            extra = experts.add_extra(forwards, observer)
+            self._gather_tokens(experts)
+            extra = experts.add_extra(forwards, observer, learn=shared.first)
             experts.route(observer)
             experts.stop()
         observer.stop()
-        return _Observed(observer.statistics, seen, ranges, experts, extra), outputs
+        name, device = self._unit.name, plan.devices.first
+        widths = {info.name: info.in_features for info in self._unit.linears}
+        owner_of = partial(self._bench.division.owner, name)
+        inputs = reduced_inputs(observer, widths, shared, owner_of, device, name)
+        seen, ranges = (reduced_attentions(found, shared, name) for found in (seen, ranges))
+        return _Observed(inputs, seen, ranges, experts, extra), outputs
 
     def _work(self, observed: _Observed, on_call: ExpertsOnCall | None = None, *, live: bool = False) -> UnitWork:
         """The unit on the bench; its module is given what processors make of its weights if it is run once more."""
@@ -244,7 +268,8 @@ class UnitRun:
         work.states = observed.ranges
         work.finish_attention = self._finish_attention
         work.weights = weights
-        if self._write:
+        work.divided = partial(_divided, bench.shared, unit.name)
+        if self._write and bench.shared.first:
             work.note = bench.result.smoothed.append
         return work
 
@@ -258,14 +283,29 @@ class UnitRun:
         bench = self._bench
         assert work.weights is not None
         work.weights.fill()
+        division, unit = bench.division, self._unit.name
+        if bench.shared.size > 1:
+            work.linears = {name: linear for name, linear in work.linears.items() if division.owns(unit, name)}
         self._waiting = Counter(id(work.statistics[name]) for name in work.linears if name in work.statistics)
         self._began = time.monotonic()  # the time of a linear is its own, without the forwards of its block
         for processor in bench.plan.processors:
             if not processor.reshapes:
                 processor.process(work)
-        if self._write:
-            tensors = [tensor for tensor in bench.by_unit[self._unit.name] if tensor.owner is None]
+        if bench.propagate_quantized and bench.shared.size > 1 and self._unit.stop is not None:
+            self._exchange()
+        if self._write and division.keeper(unit) == division.rank:
+            tensors = [tensor for tensor in bench.by_unit[unit] if tensor.owner is None]
             bench.plan.saver.write_untouched(bench.writer, bench.model, self._unit, work.weights, tensors)
+
+    def _exchange(self) -> None:
+        """Give every rank the quantized linears that others have made, for the forward through them."""
+        bench, unit = self._bench, self._unit.name
+        for info in self._unit.linears:
+            if info.name in bench.plan.assignments:
+                owner, own = bench.division.owner(unit, info.name), self._layers.get(info.name)
+                layer = bench.ranks.broadcast(own, owner, f"the quantized {info.name}")
+                if layer is not None:
+                    self._layers[info.name] = layer
 
     def _finish(
         self,
@@ -276,6 +316,7 @@ class UnitRun:
         sqnr_db: float,
     ) -> None:
         bench, name = self._bench, linear.info.name
+        bench.ranks.tick(name)
         if (factor := mul_scale_of(name)) in weights:
             layer = ScaledInput(layer, weights[factor].stored_form())
         seen = statistics.get(name)
@@ -301,11 +342,27 @@ class UnitRun:
 
     def _finish_attention(self, work: AttentionWork, quantized: QuantizedAttention) -> None:
         bench = self._bench
-        if self._write:
+        if self._write and bench.division.owns(self._unit.name, work.info.name):
             bench.plan.saver.write_attention(bench.writer, work.info, quantized)
             bench.result.attentions.append(attention_record(work))
         if bench.propagate_quantized:
             self._attentions[work.info.name] = quantized
+
+
+def _divided(ranks: Ranks, unit: str, sizes: Sequence[int], jobs: Sequence[Callable[[], Any]]) -> list[Any]:
+    """What jobs give that the ranks share."""
+    if ranks.size == 1:
+        return [job() for job in jobs]
+    owners = shares(sizes, ranks.size)
+    done: dict[int, Any] = {}
+    for number, (owner, job) in enumerate(zip(owners, jobs, strict=True)):
+        if owner == ranks.rank:
+            done[number] = job()
+            ranks.tick()
+    every: dict[int, Any] = {}
+    for given in ranks.gather(done, f"the scales of {unit}"):
+        every |= given
+    return [every[number] for number in range(len(jobs))]
 
 
 def _joined(old: Mapping[str, InputStatistics], new: Mapping[str, InputStatistics]) -> dict[str, InputStatistics]:

@@ -7,7 +7,7 @@ import os
 import platform
 import sys
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, entry_points, version
 from pathlib import Path
 from statistics import median
@@ -115,6 +115,7 @@ class ReportData:
     experts: list[ExpertRecord]
     versions: dict[str, str]
     machine: dict[str, Any]
+    rank_peak_memory: list[int] = field(default_factory=list[int])
 
     @property
     def quantized(self) -> list[LinearRow]:
@@ -174,6 +175,7 @@ def collect(folder: Path, plan: Plan, result: RunResult, *, title: str) -> Repor
         experts=list(result.experts),
         versions=_versions(),
         machine=_machine(plan.devices),
+        rank_peak_memory=list(result.rank_peak_bytes),
     )
 
 

@@ -4,7 +4,7 @@ Statistics can be merged in any order and are finalised once.
 """
 
 from slim_core.quantization.statistics.channels import ChannelStatistics
-from slim_core.quantization.statistics.hessian import Hessian
+from slim_core.quantization.statistics.hessian import Hessian, hessian_bytes
 from slim_core.quantization.statistics.histogram import Histogram
 from slim_core.quantization.statistics.inputs import InputObserver, InputStatistics, Need
 from slim_core.quantization.statistics.ranges import TensorRange, observe_range
@@ -19,5 +19,6 @@ __all__ = [
     "Need",
     "TensorRange",
     "TokenSample",
+    "hessian_bytes",
     "observe_range",
 ]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from slim_core.quantization.statistics.problems import not_finite
+from slim_core.quantization.statistics.sums import shortened
 
 __all__ = ["ChannelStatistics"]
 
@@ -19,7 +20,8 @@ class ChannelStatistics:
 
     Args:
         minimum, maximum: float32 extremes.
-        total, magnitude, square: float64 sums of the values, of their absolute values and of their squares.
+        total, magnitude, square: float64 sums of the values, of their absolute values and of their squares; of each
+            forward with 24 significant bits, so that they do not depend on the order of forwards.
         tokens: how many tokens were seen.
     """
 
@@ -39,9 +41,9 @@ class ChannelStatistics:
             ChannelStatistics(
                 rows.amin(0).float(),
                 rows.amax(0).float(),
-                rows.sum(0, dtype=torch.float64),
-                rows.abs().sum(0, dtype=torch.float64),
-                rows.double().square_().sum(0),
+                shortened(rows.sum(0, dtype=torch.float64)),
+                shortened(rows.abs().sum(0, dtype=torch.float64)),
+                shortened(rows.double().square_().sum(0)),
                 len(rows),
             )
         )
@@ -54,6 +56,12 @@ class ChannelStatistics:
         self.magnitude = _joined(torch.add, self.magnitude, other.magnitude)
         self.square = _joined(torch.add, self.square, other.square)
         self.tokens += other.tokens
+
+    def settle(self) -> None:
+        """All has been seen: round the sums, so that not even their last bit tells in which order they were made."""
+        self.total, self.magnitude, self.square = (
+            None if sums is None else shortened(sums) for sums in (self.total, self.magnitude, self.square)
+        )
 
     def rescaled(self, scale: Tensor, shift: Tensor | None = None) -> ChannelStatistics:
         """The statistics of ``(x - shift) / scale``, with a positive scale ``(channels,)``.

@@ -76,11 +76,19 @@ class InputStatistics:
 
     def merge(self, other: InputStatistics) -> None:
         """Add what another one saw."""
+        self.merge_small(other)
+        self.hessian.merge(other.hessian)
+
+    def merge_small(self, other: InputStatistics) -> None:
+        """:meth:`merge` of all but the Hessian."""
         self.range.merge(other.range)
         self.histogram.merge(other.histogram)
         self.channels.merge(other.channels)
-        self.hessian.merge(other.hessian)
         self.kept.merge(other.kept)
+
+    def settle(self) -> None:
+        """All has been seen."""
+        self.channels.settle()
 
     def rescaled(self, scale: Tensor, shift: Tensor | None = None) -> InputStatistics:
         """The statistics of ``(x - shift) / scale``, exactly, without looking at ``x`` again.
@@ -179,6 +187,17 @@ class InputObserver:
             name: self._watched[watched.leader].statistics if watched.leader else watched.statistics
             for name, watched in self._watched.items()
         }
+
+    def sharing(self) -> dict[str, tuple[int, str]]:
+        """By linear, how often it was called, and the linear whose statistics it shares: its own name if none."""
+        return {name: (watched.calls, watched.leader or name) for name, watched in self._watched.items()}
+
+    def settled(self) -> dict[str, InputStatistics]:
+        """:attr:`statistics`, when all has been seen."""
+        found = self.statistics
+        for seen in {id(one): one for one in found.values()}.values():
+            seen.settle()
+        return found
 
     def stop(self) -> None:
         """Stop observing; what was seen stays."""
