@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from datetime import timedelta
+from io import BytesIO
 from typing import Any, TypeVar
 
 import torch
@@ -19,7 +20,7 @@ from slim_core.logging import get_logger
 from slim_core.ranks.watch import Fault, Watch, timeout_of_environment
 from slim_core.ranks.world import World
 
-__all__ = ["ALONE", "LostRankError", "Ranks", "connected"]
+__all__ = ["ALONE", "LostRankError", "Ranks", "connected", "packed", "unpacked"]
 
 _T = TypeVar("_T")
 dist: Any = torch.distributed  # its members have no types
@@ -28,6 +29,7 @@ _BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl", "npu": "cpu:gloo,npu:h
 _PATIENCE = timedelta(days=30)
 _START = timedelta(minutes=30)
 _PARTING = 60.0
+_DEVICES = 64
 _logger = get_logger(__name__)
 
 
@@ -41,9 +43,16 @@ class Ranks:
     All of them call the same methods in the same order. ``what`` says in errors what was going on.
     """
 
-    def __init__(self, world: World | None = None, watch: Watch | None = None, store: Any = None) -> None:
+    def __init__(
+        self,
+        world: World | None = None,
+        watch: Watch | None = None,
+        store: Any = None,
+        device: torch.device | None = None,
+    ) -> None:
         world = world or World()
         self.rank, self.size = world.rank, world.size
+        self._device = None if device is None or device.type == "cpu" else device
         self._watch = watch
         self._store = store
         self._lock = threading.Lock()
@@ -58,16 +67,17 @@ class Ranks:
         if self.size == 1:
             return [value]
         found: list[Any] = [None] * self.size
-        self._collective(lambda: dist.all_gather_object(found, value), what)
-        return found
+        given = packed(value, self._device)
+        self._collective(lambda: dist.all_gather_object(found, given), what)
+        return [unpacked(other, self._device) for other in found]
 
     def broadcast(self, value: _T, owner: int, what: str) -> _T:
         """What the owner gives; what others give does not count."""
         if self.size == 1:
             return value
-        held: list[Any] = [value if self.rank == owner else None]
+        held: list[Any] = [packed(value, self._device) if self.rank == owner else None]
         self._collective(lambda: dist.broadcast_object_list(held, src=owner), what)
-        return held[0]
+        return unpacked(held[0], self._device)
 
     def add_up(self, tensor: Tensor, owner: int | None, what: str) -> None:
         """Add a tensor up over all ranks, in place: on the owner, or on all of them if there is none.
@@ -163,6 +173,23 @@ def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
+def packed(value: Any, device: torch.device | None) -> Any:
+    """What another rank can unpack on a device of its own; without a device the value itself."""
+    if device is None:
+        return value
+    stream = BytesIO()
+    torch.save(value, stream)
+    return stream.getvalue()
+
+
+def unpacked(given: Any, device: torch.device | None) -> Any:
+    """What was packed; tensors of the sender's device are now on this rank's own, those of the host on the host."""
+    if device is None:
+        return given
+    places = {f"{device.type}:{index}": str(device) for index in range(_DEVICES)}
+    return torch.load(BytesIO(given), map_location=places, weights_only=False)
+
+
 ALONE = Ranks()
 """A run of one process."""
 
@@ -207,7 +234,7 @@ def connected(
     watch.start()
     _logger.info("rank %d of %d is connected (%s)", world.rank, world.size, _BACKENDS[kind])
     try:
-        yield Ranks(world, watch, own)
+        yield Ranks(world, watch, own, device)
     finally:
         watch.stop()
         dist.destroy_process_group()
