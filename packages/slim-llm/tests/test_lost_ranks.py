@@ -120,6 +120,15 @@ def test_a_rank_that_finds_an_error(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_rank_that_never_comes(
+    sabotage: Sabotage, model_folder: ModelFolder, dataset: Path, rank_cases: ModuleType, tmp_path: Path
+) -> None:
+    sabotage("pass\n\n    os._exit(7)\n\n    def unused():\n        pass")
+    with pytest.raises(EnvError, match="rank 1 is lost: its process ended early, with status 7"):
+        rank_cases.run(model_folder("qwen3"), tmp_path / "out", dataset, {"process": [rank_cases.linear()]}, "cpu:0,1")
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_first_rank_dies(
     undisturbed: Path,
     sabotage: Sabotage,

@@ -26,8 +26,7 @@ _T = TypeVar("_T")
 dist: Any = torch.distributed  # its members have no types
 _BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl", "npu": "cpu:gloo,npu:hccl"}
 # Who is slow is for the watch to say; a collective itself waits as long as it takes.
-_PATIENCE = timedelta(days=30)
-_START = timedelta(minutes=30)
+_PATIENCE = timedelta(days=1)
 _PARTING = 60.0
 _DEVICES = 64
 _logger = get_logger(__name__)
@@ -196,7 +195,12 @@ ALONE = Ranks()
 
 @contextmanager
 def connected(
-    world: World, kind: str, device: torch.device, store: Any, on_fault: Callable[[Fault], bool] = lambda _: False
+    world: World,
+    kind: str,
+    device: torch.device,
+    store: Any,
+    on_fault: Callable[[Fault], bool] = lambda _: False,
+    check: Callable[[], None] = lambda: None,
 ) -> Generator[Ranks]:
     """Within this context the ranks are connected.
 
@@ -205,6 +209,7 @@ def connected(
         device: the one of this rank.
         store: the store of all ranks, where this process already has it; None: reach it as the environment says.
         on_fault: told of a rank that is lost; returns whether that ends the run here.
+        check: called while this rank waits for the others to come; raises if one of them never will.
 
     Raises:
         EnvError: the others do not come.
@@ -216,6 +221,8 @@ def connected(
         run = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         own = dist.PrefixStore(f"slim/{run}", store)
         watching = dist.PrefixStore(f"slim/{run}", _another(store))
+        own.set(f"here/{world.rank}", "")
+        _await_all(own, world, timeout if world.rank == 0 else _PATIENCE.total_seconds(), check)
         if kind != "cpu":
             getattr(torch, kind).set_device(device)
         dist.init_process_group(
@@ -240,11 +247,29 @@ def connected(
         dist.destroy_process_group()
 
 
+def _await_all(store: Any, world: World, seconds: float, check: Callable[[], None]) -> None:
+    """Wait until all ranks have said that they are here: whoever connects waits in code that cannot be interrupted.
+
+    Raises:
+        EnvError: one of them does not come.
+    """
+    ends = time.monotonic() + seconds
+    for rank in range(world.size):
+        while not store.check([f"here/{rank}"]):
+            check()
+            if time.monotonic() > ends:
+                raise EnvError(
+                    f"rank {rank} of {world.size} has not come for {seconds:g} s",
+                    remedy="start all ranks, or allow more time with SLIM_RANK_TIMEOUT",
+                )
+            time.sleep(0.05)
+
+
 def _store_of_environment(world: World) -> Any:
     hosted = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     address, port = os.environ.get("MASTER_ADDR", "127.0.0.1"), int(os.environ.get("MASTER_PORT", "29500"))
     is_host = world.rank == 0 and not hosted
-    return dist.TCPStore(address, port, world.size, is_host, timeout=_START, wait_for_workers=False)
+    return dist.TCPStore(address, port, world.size, is_host, timeout=_PATIENCE, wait_for_workers=False)
 
 
 def _another(store: Any) -> Any:

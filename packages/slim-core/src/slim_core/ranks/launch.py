@@ -127,6 +127,11 @@ class _Children:
             remedy="remove the cause, then run again with --resume",
         )
 
+    def check(self) -> None:
+        """Raises if one of them is gone."""
+        if self.fault is not None and (error := self.error()) is not None:
+            raise error
+
     def await_fault(self) -> None:
         """A connection broke: give the process behind it a moment to end."""
         ends = time.monotonic() + 2 * _KILLING
@@ -184,7 +189,7 @@ def started_ranks(again: Again, size: int, kind: str, device: torch.device) -> G
         _logger.info("%d ranks: this process, and %d that it has started", size, size - 1)
         well = False
         try:
-            with connected(world, kind, device, store, children.give_up) as ranks:
+            with connected(world, kind, device, store, children.give_up, children.check) as ranks:
                 yield ranks
             well = True
         except LostRankError as error:
