@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
+from functools import reduce
+from operator import add
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from slim_core.checkpoint.staging import check_target
+from slim_core.checkpoint.staging import check_target, partial_folder
 from slim_core.console import ask, say, show_table
 from slim_core.dispatch import choose_recipe, match_practice, open_library, service_for
 from slim_core.errors import EnvError, SchemaValidateError, SecurityError, SlimError, UnsupportedError
@@ -48,7 +50,7 @@ def quantize(request: QuantRequest) -> None:
             service.quantize(request, recipe, SilentProgress())
         return
     recipe, service = choose_recipe(request, ask)
-    problem = _target_problem(request, service)
+    problem: SlimError | None = _target_problem(request, service)
     if problem and not request.dry_run:
         raise problem
     if not request.dry_run:
@@ -58,7 +60,13 @@ def quantize(request: QuantRequest) -> None:
 
     plans = _with_others(service.plan(request, recipe))
     say("\n\n".join(map(render_plan, plans)))
-    if problem := problem or next(filter(None, (plan.refusal for plan in plans)), None):
+    problem = problem or next(filter(None, (plan.refusal for plan in plans)), None)
+    if not (problem or request.force):
+        from slim_core.runners.disk import disk_need, disk_problem
+
+        need = reduce(add, map(disk_need, plans))
+        problem = disk_problem(need, request.save_path, partial_folder(request.save_path))
+    if problem:
         say(f"\nThe run itself would be refused: {problem}")
 
 
@@ -72,7 +80,7 @@ def _with_others(plan: Plan) -> list[Plan]:
     return [plan, *plan.others]
 
 
-def _target_problem(request: QuantRequest, service: Service) -> SecurityError | None:
+def _target_problem(request: QuantRequest, service: Service) -> SlimError | None:
     try:
         check_target(request.save_path, request.model_path, request.overwrite, getattr(service, "keeps", ()))
     except SecurityError as error:

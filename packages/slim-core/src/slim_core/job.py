@@ -10,11 +10,12 @@ from typing import Any, Protocol, cast
 
 from pydantic import BaseModel
 
-from slim_core.checkpoint.staging import check_target
+from slim_core.checkpoint.staging import check_target, partial_folder
 from slim_core.devices import Devices, resolve_devices
 from slim_core.errors import UnsupportedError
 from slim_core.evaluation.report import write_report
 from slim_core.fingerprint import fingerprint
+from slim_core.logging import get_logger
 from slim_core.model.streamed import StreamedModel
 from slim_core.progress import Progress, SilentProgress
 from slim_core.ranks.group import ALONE, Ranks, connected
@@ -22,6 +23,7 @@ from slim_core.ranks.launch import Again, started_ranks
 from slim_core.ranks.world import World, world_of_environment
 from slim_core.recipe import Recipe, SpecV1, dump_recipe, recipe_from_dict
 from slim_core.recipe.schema import DatasetConfig
+from slim_core.runners.disk import disk_need, disk_problem
 from slim_core.runners.plan import Plan, make_plan
 from slim_core.runners.plan_experts import ExtraSamples
 from slim_core.runners.prediction import TowerLoad
@@ -31,6 +33,7 @@ from slim_core.service import QuantRequest
 
 __all__ = ["Inputs", "Job", "Remarks", "Samples", "arguments_of", "told"]
 
+_logger = get_logger(__name__)
 Inputs = Sequence[Mapping[str, Any]]
 """Keyword arguments of the model for each forward."""
 
@@ -195,6 +198,8 @@ class Job:
         ranks = self.plan.runner.ranks
         if self.plan.refusal is not None:
             raise self.plan.refusal
+        if not world.rank:
+            self._check_disk()
         if world.size > 1 and ranks == 1:
             raise UnsupportedError(
                 f"{world.size} ranks were started, but this run takes one process: {self.plan.runner.reason}",
@@ -215,6 +220,16 @@ class Job:
             )
         with started_ranks(self.again, ranks, self.devices.kind, device) as group:
             return self._carry_out(progress, group)
+
+    def _check_disk(self) -> None:
+        target = self.request.save_path
+        problem = disk_problem(disk_need(self.plan), target, partial_folder(target))
+        if problem is None:
+            return
+        if not self.request.force:
+            raise problem
+        _logger.warning("%s", problem)
+        self.plan.warnings.append(str(problem))
 
     def _carry_out(self, progress: Progress, ranks: Ranks) -> RunResult:
         """The run of this process, which is one of the ranks."""

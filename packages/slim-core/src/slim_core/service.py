@@ -59,7 +59,7 @@ class QuantRequest(BaseModel):
     trust_remote_code: bool = Field(False, description="Run Python code that ships with the model: True or False")
     dry_run: bool = Field(False, description="Print the plan and stop; writes nothing")
     overwrite: bool = Field(False, description="Replace a non-empty save_path once the new output is complete")
-    force: bool = Field(False, description="Only warn if no engine can load what the recipe makes of the model")
+    force: bool = Field(False, description="Only warn if no engine can load the result, or the disk seems too small")
     max_memory: str | None = Field(None, description="Memory the run may take, e.g. host=8GiB,device=20GiB")
     resume: bool = Field(False, description="Continue an interrupted run into the same save_path")
     reuse_calib: bool = Field(

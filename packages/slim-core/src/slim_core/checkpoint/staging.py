@@ -19,7 +19,7 @@ from slim_core.checkpoint.folder_lock import empty_folder, lock_folder
 from slim_core.errors import EnvError, SecurityError, UnsupportedError
 from slim_core.logging import get_logger
 
-__all__ = ["Staging", "check_target"]
+__all__ = ["Staging", "check_target", "partial_folder"]
 
 JOURNAL = "journal.jsonl"
 _logger = get_logger(__name__)
@@ -37,6 +37,11 @@ def _real(path: Path) -> Path:
         raise SecurityError(
             "the path is a loop of symbolic links", where=str(path), remedy="choose another folder"
         ) from error
+
+
+def partial_folder(target: Path) -> Path:
+    """Where a run that is not finished keeps its output."""
+    return _hidden(_real(target), "partial")
 
 
 def _occupied(path: Path, keeps: Sequence[str] = ()) -> bool:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from slim_core.quantization.kinds import LayerKind
+from slim_core.runners.disk import disk_need
 from slim_core.runners.plan import Plan, PlannedUnit
 from slim_core.runners.plan_attention import FLOAT, PlannedAttention
 from slim_core.runners.plan_linears import PlannedLinear
@@ -30,6 +31,7 @@ def render_summary(plan: Plan) -> str:
         ("data", _data(plan)),
         *([("experts", text)] if (text := plan.experts.summary()) else []),
         ("output", _output(plan)),
+        ("disk", f"about {human_size(disk_need(plan).total)} while it runs"),
         ("memory", plan.memory.summary() + (", for each rank" if plan.runner.ranks > 1 else "")),
     ]
     lines = [f"Plan of {plan.part}" if plan.part else "Plan", *(f"  {name:<10} {value}" for name, value in rows)]

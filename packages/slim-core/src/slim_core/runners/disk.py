@@ -1,0 +1,77 @@
+"""Whether the disk of the output has room for a run, looked at before anything is written."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from slim_core.errors import EnvError
+from slim_core.runners.plan import Plan
+from slim_core.sizes import human_size
+
+__all__ = ["DiskNeed", "disk_need", "disk_problem"]
+
+# Journal, report, description and index: some of each for every linear, and what does not depend on them.
+_NOTES_PER_LINEAR, _NOTES = 2 << 10, 1 << 20
+_BLOCK = 512  # unit of st_blocks, whatever the file system
+
+
+@dataclass(frozen=True)
+class DiskNeed:
+    """Bytes that a run will have on the disk of its output when it has the most.
+
+    Args:
+        output: the weight files, exactly.
+        notes: journal and files beside the weights, about.
+        activations: those of samples that wait on disk, about.
+    """
+
+    output: int
+    notes: int
+    activations: int
+
+    def __add__(self, other: DiskNeed) -> DiskNeed:
+        """Of two models, one after the other: only one of them has activations that wait."""
+        waiting = max(self.activations, other.activations)
+        return DiskNeed(self.output + other.output, self.notes + other.notes, waiting)
+
+    @property
+    def total(self) -> int:
+        return self.output + self.notes + self.activations
+
+
+def disk_need(plan: Plan) -> DiskNeed:
+    """What the run of a plan needs; an output that it will replace is there besides until the end."""
+    linears = sum(len(unit.linears) for unit in plan.units)
+    sharing = 1 if plan.runner.by_units else plan.runner.ranks
+    waiting = plan.activation_bytes * sharing if plan.memory.spills else 0
+    output = sum(shard.nbytes for shard in plan.output.shards)
+    return DiskNeed(output, _NOTES + _NOTES_PER_LINEAR * linears, waiting)
+
+
+def disk_problem(need: DiskNeed, save_path: Path, partial: Path) -> EnvError | None:
+    """What to say if the need is more than is free where ``save_path`` will lie.
+
+    Args:
+        partial: the folder that an interrupted run has left; a new run removes it and a resumed one goes on with it,
+            so what it takes counts as free.
+    """
+    there = save_path.resolve()
+    while not there.exists():
+        there = there.parent
+    found = os.statvfs(there)
+    free = found.f_bavail * found.f_frsize + _taken(partial)
+    if need.total <= free:
+        return None
+    waiting = f", {human_size(need.activations)} of it activations that wait on disk" if need.activations else ""
+    return EnvError(
+        f"the run needs about {human_size(need.total)} of disk space{waiting}, and {human_size(free)} are free",
+        where=str(save_path),
+        remedy="make room, choose another disk, or try it all the same with --force",
+    )
+
+
+def _taken(folder: Path) -> int:
+    """Bytes that the files of a folder take; parts of them that were never written take none."""
+    return sum(path.lstat().st_blocks * _BLOCK for path in folder.rglob("*") if path.is_file())
