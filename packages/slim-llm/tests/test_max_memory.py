@@ -19,6 +19,7 @@ from slim_core.model.experts import expert_layers
 from slim_core.model.structure import discover
 from slim_core.processors.linear_quant import LinearQuant
 from slim_core.progress import SilentProgress
+from slim_core.quantization.statistics import hessian_bytes
 from slim_core.recipe import Recipe, recipe_from_dict
 from slim_core.runners.plan import Plan
 from slim_core.runners.plan_text import render_summary
@@ -224,8 +225,8 @@ def test_hessians_that_do_not_fit_are_named_first(asked: Any, model_folder: Mode
     plan = LlmService().plan(*asked(*given, max_memory="host=1KiB"))
     assert plan.memory.by_expert
     hessians = next(share for share in plan.memory.shares if share.what.startswith("Hessians"))
-    attention = 4 * 2 * 32 * 32  # query, key and value; the output
-    assert hessians.nbytes == 16 * 4 * (32 * 32 + 24 * 24) + attention
+    attention = 2 * hessian_bytes(32)  # query, key and value; the output
+    assert hessians.nbytes == 16 * (hessian_bytes(32) + hessian_bytes(24)) + attention
     assert plan.refusal is not None
     assert ", even with one expert at a time in memory" in plan.refusal.what
     sizes = plan.refusal.what.partition(": ")[2]

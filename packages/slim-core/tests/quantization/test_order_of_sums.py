@@ -13,7 +13,7 @@ from torch import Tensor
 from slim_core.quantization.statistics import ChannelStatistics, Hessian, InputObserver, Need, hessian_bytes
 from slim_core.quantization.statistics.sums import shortened
 
-WIDTHS = (1, 5, 128, 150, 300)  # below, at and above the rows of a strip
+WIDTHS = (1, 5, 64, 75, 300)  # below, at and above the rows of a strip
 
 
 def samples(count: int, width: int, seed: int) -> list[Tensor]:
@@ -87,7 +87,7 @@ def test_more_may_be_seen_after_it_was_looked_at() -> None:
 
 @pytest.mark.parametrize("width", [1024, 4096])
 def test_memory_is_hardly_more_than_that_of_the_matrix(width: int) -> None:
-    assert hessian_bytes(width) < 1.13 * 4 * width**2
+    assert hessian_bytes(width) < 1.07 * 4 * width**2
     made = hessian([torch.ones(1, width)])
     assert sum(strip.numel() * strip.element_size() for strip in made.parts(width, torch.device("cpu"))) == (
         hessian_bytes(width)

@@ -14,7 +14,7 @@ from slim_core.quantization.statistics.sums import accumulator
 __all__ = ["Hessian", "hessian_bytes"]
 
 _BLOCK_ELEMENTS = 1 << 20
-_ROWS = 128  # of a strip of the lower triangle
+_ROWS = 64  # of a strip of the lower triangle
 
 
 def hessian_bytes(width: int) -> int:
