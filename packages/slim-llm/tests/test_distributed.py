@@ -18,7 +18,9 @@ ModelFolder = Callable[..., Path]
 OF_THREE = ("gptq, quantized outputs handed on", "extra samples", "autoround", "flex_smooth_quant of experts")
 
 
-@pytest.mark.parametrize(("ranks", "names"), [(2, None), (3, OF_THREE)], ids=["two ranks", "three ranks"])
+@pytest.mark.parametrize(
+    ("ranks", "names"), [(2, None), pytest.param(3, OF_THREE, marks=pytest.mark.slow)], ids=["two ranks", "three ranks"]
+)
 def test_ranks_write_what_one_process_writes(
     ranks: int,
     names: tuple[str, ...] | None,
