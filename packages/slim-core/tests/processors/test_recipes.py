@@ -59,6 +59,7 @@ PROCESSORS: dict[str, dict[str, Any]] = {
     "awq": {"type": "awq", "weight_qconfig": INT4 | {"method": "ssz", "ext": {"step": 5}}, "n_grid": 7},
     "quarot": {"type": "quarot", "online": True, "block_size": 8, "down_proj_online_layers": [-1, 2]},
     "adapt_rotation": {"type": "adapt_rotation", "stage": 2, "block_size": 16},
+    "online_quarot": {"type": "online_quarot", "include": ["*self_attn*"], "exclude": ["*.0.*"], "block_size": 16},
 }
 LEARNING = {
     "type": "adapt_rotation",
