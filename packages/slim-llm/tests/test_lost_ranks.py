@@ -83,6 +83,7 @@ def test_a_rank_that_dies(
     assert content(out) == content(undisturbed)
 
 
+@pytest.mark.slow  # what it waits for depends on how busy the machine is
 @pytest.mark.parametrize(
     ("how", "said"),
     [

@@ -107,9 +107,9 @@ class BlockForwards:
         """How many samples, and how many extra ones, have started; several may share a forward."""
         return self._carried.given, self._carried.given_extra
 
-    def present(self) -> list[int]:
-        """The samples that are run by the current block or tower."""
-        return [sample for sample in range(self.samples) if self._is_here(sample)]
+    def present(self, stream: int = 0) -> list[int]:
+        """The samples that are run by the current block or tower, and have not been handed on in a stream."""
+        return [sample for sample in range(self.samples) if self._is_here(self._index(sample, stream))]
 
     def _is_here(self, index: int) -> bool:
         return self._call(index).block == self._stop
@@ -288,7 +288,7 @@ class KeptBlock:
         self._forwards = forwards
         self._targets = targets
         self._device = device
-        self._present = forwards.present()
+        self._present = forwards.present(-1)  # exact ones may have been handed on already
         self.module = model.module
         self.samples = len(self._present)
 
