@@ -274,7 +274,7 @@ CONFIG = {
     "ascendv1": (
         file("quant_model_description.json", "{}"),
         UNSUPPORTED,
-        "quantized ascendv1 checkpoint",
+        "holds a quantized checkpoint",
         "{model}",
         "start from the original",
     ),

@@ -192,7 +192,6 @@ ASKED = {
     "tpu": (option(device="tpu"), (), SCHEMA, "unknown device 'tpu'", "--device", "use one of npu, cuda, cpu"),
     "no number": (option(device="npu:a"), (), SCHEMA, "must be numbers", "--device", "write npu:0"),
     "index twice": (option(device="npu:0,0"), (), SCHEMA, "is repeated", "--device", "each index once"),
-    "two CPUs": (option(device="cpu:0,1"), (), SCHEMA, "the CPU is one device", "--device", "write cpu"),
     "recipe and type": (
         option(quant_type="w8a8"),
         (),

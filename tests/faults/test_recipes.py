@@ -366,10 +366,10 @@ UNAVAILABLE = {
     ),
     "diffusion": (
         edit("modelslim_v1", "multimodal_sd_modelslim_v1"),
-        UNSUPPORTED,
-        "slim-sd cannot quantize",
-        "multimodal_sd_modelslim_v1",
-        "upgrade slim-sd",
+        SCHEMA,
+        "diffusion models are calibrated on what their own pipeline is given",
+        "{recipe}:27: spec.dataset",
+        "leave dataset out",
     ),
 }
 

@@ -48,7 +48,7 @@ def test_hidden_states(output: Any, streams: list[Tensor]) -> None:
 
 def test_both_streams_are_held_against_the_float_block() -> None:
     """Whatever is wrong with one of them shows."""
-    forwards: Any = SimpleNamespace(present=lambda: [1], compute=lambda sample: {1: (TEXT, PICTURE + 1)}[sample])
+    forwards: Any = SimpleNamespace(present=lambda stream: [1], compute=lambda sample: {1: (TEXT, PICTURE + 1)}[sample])
     model: Any = SimpleNamespace(module=None)
     block = KeptBlock(model, forwards, [None, (TEXT, PICTURE)], CPU)  # the first sample passes this block by
     assert block.samples == 1
