@@ -138,7 +138,7 @@ def _by_transformers(outcome: Outcome, folder: Path) -> Any:
     outcome.step = "forward"
     try:
         with torch.no_grad():
-            model.eval()(**_in_dtype(_encoded(processor), model.dtype), use_cache=False)
+            model.eval().requires_grad_(False)(**_in_dtype(_encoded(processor), model.dtype), use_cache=False)
     except Exception as error:
         raise _NotHereError(f"{outcome.step}: {_said(error)}") from error
     return model

@@ -58,6 +58,7 @@ _IMAGE_PROCESSORS = {
     "instructblipvideo": "instructblip",
     "vision-encoder-decoder": "vit",
 }
+_VIDEOS = {"minicpmv4_7": "MiniCPMV4_6VideoProcessor"}
 
 
 def picture_models() -> dict[str, str]:
@@ -142,9 +143,10 @@ HINTS: dict[str, dict[str, Any]] = {
     },
     "diffusion_gemma": {},
     "deepseek_ocr2": {
+        "text_config": {"mlp_layer_types": ["dense", "sparse", "sparse", "sparse"]},
         "vision_config": {
             "sam_config": {"downsample_channels": [32, 64], "global_attn_indexes": [1, 3], "window_size": 2}
-        }
+        },
     },
     "unlimited_ocr": {
         "vision_config": {
@@ -178,8 +180,9 @@ HINTS: dict[str, dict[str, Any]] = {
         }
     },
     "emu3": {
-        "vocabulary_map": {"<|extra_200|>": 300},
-        "vq_config": {"codebook_size": 64, "base_channels": 32, "channel_multiplier": [1, 1, 2], "hidden_size": 32},
+        "vocabulary_map": {f"<|visual token {i:06d}|>": 300 + i for i in range(64)}
+        | {"<|extra_200|>": 299, "<image>": 388},
+        "vq_config": {"codebook_size": 64, "base_channels": 32, "channel_multiplier": [1, 1, 2], "hidden_size": 64},
     },
     "janus": {
         "vision_config": {"num_image_tokens": 16, "projection_dim": 64},
@@ -191,8 +194,10 @@ HINTS: dict[str, dict[str, Any]] = {
             "image_token_embed_dim": 64,
         },
     },
+    "idefics": {"cross_layer_interval": 2},
     "kosmos-2": {"text_config": {"max_position_embeddings": 512}},
     "kosmos-2.5": {"text_config": {"max_position_embeddings": 4096}},
+    "llama4": {"vision_config": {"intermediate_size": 256}},
     "llava_next": {"image_grid_pinpoints": _PINPOINTS, "image_seq_length": 16},
     "llava_next_video": {"image_grid_pinpoints": _PINPOINTS, "image_seq_length": 16},
     "llava_onevision": {"image_grid_pinpoints": _PINPOINTS},
@@ -201,15 +206,35 @@ HINTS: dict[str, dict[str, Any]] = {
         "text_config": {"cross_attention_layers": [1, 3]},
     },
     "molmo2": {"adapter_config": {"vision_feature_layer": [2, 1], "text_hidden_size": 64}},
-    "nemotron_h_omni": {"vision_config": {"video_temporal_patch_size": 2}},
+    "muse_glimmer": {"out_hidden_size": 256, "projector_hidden_size": 64},
+    "muse_spark": {"out_hidden_size": 256, "projector_hidden_size": 64},
+    "nemotron_h_omni": {
+        "vision_config": {"video_temporal_patch_size": 2},
+        "vision_hidden_size": 64,
+        "projector_hidden_size": 64,
+    },
     "paligemma": {"projection_dim": 64},
-    "shieldgemma2": {"mm_tokens_per_image": 4},
+    "gemma4_unified": {"vision_config": {"patch_size": 16, "mm_embed_dim": 64, "output_proj_dims": 64}},
+    "perception_lm": {
+        "vision_config": {
+            "architecture": "vit_pe_core_tiny_patch16_384",
+            "model_args": {"embed_dim": 64, "depth": 2, "num_heads": 4, "img_size": [32, 32]}
+            | {"use_post_transformer_norm": False},
+        }
+    },
+    "step3p7": {"text_config": {"sliding_window": 16}},
+    "shieldgemma2": {"tie_word_embeddings": True, "mm_tokens_per_image": 4},
     "t5gemma2": {"encoder": {"mm_tokens_per_image": 4}},
     "vipllava": {"vision_feature_layer": [-2, -1]},
     "fast_vlm": {"vision_config": {"architecture": "fastvit_mci2", "hidden_size": 1280}},
 }
 # For each type: settings of its image processor, and arguments of its processor.
 IMAGES: dict[str, dict[str, Any]] = {
+    "dots3_note": {"temporal_patch_size": 1},
+    "perception_lm": {"tile_size": 32, "max_num_tiles": 4},
+    "step3p7": {"patch_size": 32, "vision_patch_size": 8, "size": {"height": 64, "width": 64}},
+    "fast_vlm": {"size": {"shortest_edge": 64}, "crop_size": {"height": 64, "width": 64}},
+    "molmo2": {"overlap_margins": [1, 1]},
     "aria": {"max_image_size": 980, "min_image_size": 336},
     "cosmos3_edge": {"temporal_patch_size": 1},
     "deepseek_vl_hybrid": {"high_res_size": {"height": 64, "width": 64}},
@@ -236,6 +261,9 @@ IMAGES: dict[str, dict[str, Any]] = {
     "florence2": {"image_seq_length": 2},
 }
 ARGUMENTS: dict[str, dict[str, Any]] = {
+    "perception_lm": {"patch_size": 16, "pooling_ratio": 1},
+    "deepseek_ocr2": {"patch_size": 8},
+    "unlimited_ocr": {"patch_size": 8},
     "deepseek_vl": {"num_image_tokens": 16},
     "deepseek_vl_hybrid": {"num_image_tokens": 16},
     "janus": {"num_image_tokens": 16},
@@ -246,7 +274,7 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "ovis2": {"image_seq_length": 16},
     "kosmos-2": {"num_patch_index_tokens": 16},
     "gemma3n": {"image_seq_length": 256},
-    "fast_vlm": {"patch_size": 64},
+    "fast_vlm": {"patch_size": 32},
     "llava_onevision": {"num_image_tokens": 16},
     "llava_next": {"num_additional_image_tokens": 1},
     "llava_next_video": {"num_additional_image_tokens": 1},
@@ -263,6 +291,7 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
 TEMPLATES: dict[str, str] = {
     "hunyuan_vl": "<image_start_token><image_token><image_end_token>",
     "qianfan_ocr": "<image>",
+    "pp_chart2table": "<img><imgpad></img>",
 } | dict.fromkeys(
     (
         "paligemma",
@@ -285,9 +314,11 @@ TEMPLATES: dict[str, str] = {
 TOKENS: dict[str, dict[str, str]] = {
     k: {"audio_token": "<audio>", "boa_token": "<boa>", "eoa_token": "<eoa>"}
     for k in ("gemma4", "gemma4_unified", "diffusion_gemma")
-}
+} | {"cohere_compass": {"image_token": "<|IMAGE_PAD|>"}}
 # Fields of the configuration that hold the id of a special token, where their names do not say of which.
 IDS: dict[str, dict[str, str]] = {
+    "pp_chart2table": {"image_token_index": "<imgpad>", "image_token_id": "<imgpad>"},
+    "llama4": {"image_token_index": "<|patch|>", "image_token_id": "<|patch|>"},
     "ovis2": {"image_token_id": "<IMG_ATOM>"},
     "shieldgemma2": {"image_token_index": "<image_token>", "image_token_id": "<image_token>"},
     "t5gemma2": {"image_token_index": "<image_token>", "image_token_id": "<image_token>"},
@@ -296,6 +327,7 @@ IDS: dict[str, dict[str, str]] = {
 }
 # Special tokens that the source of the processor does not spell out.
 MORE: dict[str, tuple[str, ...]] = {
+    "pp_chart2table": ("<img>", "<imgpad>", "</img>"),
     "fuyu": ("|SPEAKER|", "|NEWLINE|", "|ENDOFTEXT|"),
     "minimax_m3_vl": ("]<]image[>[", "]<]video[>[", "]<]start of image[>[", "]<]end of image[>["),
     "smolvlm": tuple(f"<row_{r}_col_{c}>" for r in range(1, 5) for c in range(1, 5)),
@@ -399,14 +431,17 @@ def _write_processor(model_type: str, config: Any, folder: Path) -> Any:
     tokenizer.save_pretrained(folder)
     _write(folder / "preprocessor_config.json", settings)
     _write(folder / "processor_config.json", {**arguments, "processor_class": cls.__name__})
+    video: dict[str, str] = {}
     if "video_processor" in cls.get_attributes():
-        named_video = cls.__name__.replace("Processor", "VideoProcessor")
-        video = {"video_processor_type": named_video if hasattr(transformers, named_video) else "Qwen2VLVideoProcessor"}
+        own_video = _VIDEOS.get(model_type) or cls.__name__.replace("Processor", "VideoProcessor")
+        video["video_processor_type"] = own_video if hasattr(transformers, own_video) else "Qwen2VLVideoProcessor"
         _write(folder / "video_preprocessor_config.json", video)
     if "feature_extractor" in cls.get_attributes():
         _write(folder / "preprocessor_config.json", settings | {"feature_extractor_type": "WhisperFeatureExtractor"})
     if image is not None:
         parts = dict.fromkeys(cls.get_attributes()) | {"image_processor": image, "tokenizer": tokenizer}
+        if "video_processor" in parts and wanted == "torchvision":
+            parts["video_processor"] = getattr(transformers, video["video_processor_type"])()
         processor = _lenient(cls)(**parts, **arguments)
         found = {name: getattr(processor, name, None) for name in dir(processor) if name.endswith("_token")}
         named |= {name: str(token) for name, token in found.items() if isinstance(token, (str, AddedToken))}

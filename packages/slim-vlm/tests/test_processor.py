@@ -10,6 +10,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from slim_core.errors import UnsupportedError
 from slim_vlm.processor import open_processor
@@ -45,3 +46,23 @@ def test_class_follows_from_the_model_type_if_no_file_names_it(vlm_folder: Any, 
 def test_image_processor_that_needs_torchvision(vlm_folder: Any) -> None:
     with pytest.raises(UnsupportedError, match="Kimi_K25Processor cannot be loaded without torchvision"):
         open_processor(vlm_folder("kimi_k25"))
+
+
+def test_kinds_of_tokens_are_made_where_the_model_asks_for_them(
+    vlm_folder: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Cosmos 3 Edge names them among its inputs, and its class does not make them by itself."""
+    folder = vlm_folder("qwen2_vl")
+    cls = type(open_processor(folder)).__mro__[1]  # without torchvision it is a class made of the family's
+    cls = cls if cls.__name__ == "Qwen2VLProcessor" else type(open_processor(folder))
+    monkeypatch.setattr(cls, "return_mm_token_type_ids", False)
+    processor = open_processor(folder)
+    assert "mm_token_type_ids" in processor.model_input_names
+    picture = Image.new("RGB", (56, 56))
+    content = [{"type": "image", "image": picture}, {"type": "text", "text": "What?"}]
+    made = processor.apply_chat_template(
+        [{"role": "user", "content": content}], tokenize=True, return_dict=True, return_tensors="pt"
+    )
+    kinds, ids = made["mm_token_type_ids"][0], made["input_ids"][0]
+    assert kinds.tolist() == (ids == processor.image_token_id).int().tolist()
+    assert 0 < kinds.sum() < len(ids)

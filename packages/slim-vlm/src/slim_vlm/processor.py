@@ -20,6 +20,7 @@ __all__ = ["has_template", "open_processor"]
 
 _PIXTRAL = "transformers.models.pixtral"
 _SETTINGS = ("processor_config.json", "preprocessor_config.json")
+_TYPES = "mm_token_type_ids"  # which tokens of a prompt stand for what modality
 _NAMING_FILES = (*_SETTINGS, "tokenizer_config.json")
 
 
@@ -64,6 +65,8 @@ def open_processor(folder: Path, *, trust_remote_code: bool = False) -> Any:
             remedy="copy the model's preprocessor_config.json or processor_config.json into the folder",
         )
     _check_texts(found, folder)
+    if _TYPES in getattr(found, "model_input_names", ()):  # its model asks for them, which not every class heeds
+        found.return_mm_token_type_ids = True
     return found
 
 

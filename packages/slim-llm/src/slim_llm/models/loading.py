@@ -15,9 +15,11 @@ from slim_core.checkpoint.reader import Checkpoint
 from slim_core.checkpoint.source import TensorSource
 from slim_core.errors import InvalidModelError, UnsupportedError
 from slim_core.model.adapter import find_adapter
-from slim_core.model.skeleton import find_blocks, named_modules, parameters_on_meta
+from slim_core.model.skeleton import parameters_on_meta
 from slim_core.model.streamed import StreamedModel
+from slim_llm.models.blocks import find_text_blocks
 from slim_llm.models.host import say_host
+from slim_llm.models.kept_float32 import keep_float32
 from slim_llm.models.own_code import failure_of_own_code, uses_own_code
 
 __all__ = ["CAUSAL_LM", "ModelKind", "open_model", "open_skeleton", "open_tokenizer", "read_config"]
@@ -137,6 +139,7 @@ def open_skeleton(
             where=str(folder / "config.json"),
             remedy="correct the file, or download it again",
         ) from error
+    keep_float32(module)
     take_experts_apart(module, expert_spelling(module))
     return module
 
@@ -183,7 +186,7 @@ def open_model(folder: Path, *, trust_remote_code: bool = False, kind: ModelKind
         return names.get(name) or adapter.tensor_name(name)
 
     attention = Attentions(module, tensor_name)
-    blocks = adapter.blocks or _find_blocks(module)
+    blocks = adapter.blocks or find_text_blocks(module)
     towers = kind.towers(module, blocks) if adapter.towers is None else adapter.towers
     if towers:
         say_host(module, [*towers, blocks])
@@ -200,25 +203,6 @@ def open_model(folder: Path, *, trust_remote_code: bool = False, kind: ModelKind
         unsmoothed=adapter.unsmoothed,
         towers=towers,
     )
-
-
-def _find_blocks(module: Any) -> str:
-    """The decoder blocks, not the larger list of them that the tower of another modality may have.
-
-    Towers are models of their own, built from another class of configuration than the text is.
-    """
-    from transformers import PreTrainedModel
-
-    text = {type(module.config), type(module.config.get_text_config(decoder=True))}
-    aside = [
-        name
-        for name, child in named_modules(module)
-        if name and isinstance(child, PreTrainedModel) and type(child.config) not in text
-    ]
-    try:
-        return find_blocks(module, aside)
-    except InvalidModelError:
-        return find_blocks(module)
 
 
 def _main_dtype(source: TensorSource) -> torch.dtype | None:
