@@ -256,6 +256,7 @@ class Job:
             finish=finish,
             ranks=ranks,
             tokens=lambda dataset: self.samples.tokens(dataset or self.spec.dataset),
+            example=lambda: self.samples.example(),
         )
 
 

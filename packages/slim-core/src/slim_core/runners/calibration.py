@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import fields, is_dataclass, replace
 from types import TracebackType
 from typing import Any
@@ -21,14 +21,20 @@ from slim_core.model.tower_inputs import TowerInputs
 from slim_core.model.units import Unit
 from slim_core.quantization.attention import QuantizedAttention
 from slim_core.quantization.layers import QuantizedLinear, SimulatedLinear
+from slim_core.runners.boundaries import Boundaries, Boundary
 from slim_core.runners.spill import Spill
+from slim_core.runners.witness import Witness
 
-__all__ = ["BlockForwards", "KeptBlock", "hidden_states", "moved", "simulated", "simulating_taps"]
+__all__ = ["BlockForwards", "KeptBlock", "NotAsKeptError", "hidden_states", "moved", "simulated", "simulating_taps"]
 
 
 def moved(value: Any, device: torch.device) -> Any:
     """A nested structure with all its tensors on a device."""
     return tree_map_only(Tensor, lambda tensor: tensor.to(device), value)
+
+
+class NotAsKeptError(Exception):
+    """What an interrupted run has kept of its samples is of no use."""
 
 
 class BlockForwards:
@@ -47,6 +53,7 @@ class BlockForwards:
         extra: the same of extra samples, which are run apart from the others and are in one stream, the last.
         spill: keeps on disk what samples hold while they are not at work; None: that stays in memory.
         tick: called for every forward of a block.
+        witness: inputs of a short sample that runs along, to see what forwards still need; None: nobody asks.
     """
 
     def __init__(
@@ -58,6 +65,7 @@ class BlockForwards:
         extra: Sequence[Mapping[str, Any]] = (),
         spill: Spill | None = None,
         tick: Callable[[], None] = lambda: None,
+        witness: Mapping[str, Any] | None = None,
     ) -> None:
         self._model = model
         self._tick = tick
@@ -68,7 +76,9 @@ class BlockForwards:
         towers = len(model.towers)
         self._spill = spill
         self._settled: dict[int, int] = {}  # by sample, the stop at which what it holds was put on disk
-        self._carried = _Carried(inputs, streams, extra, spill)
+        self._carried = _Carried(inputs, streams, extra, spill, witness)
+        self.witness = Witness() if witness is not None else None
+        self.boundaries: Boundaries | None = None
         self._forward = SuspendedForward(model.module, model.stops, self._carried, towers, skips=model.skips)
         self._last: list[Any] = []
         self._stop = 0
@@ -98,10 +108,77 @@ class BlockForwards:
         assert unit.stop is not None
         self._stop = unit.stop
         if unit.block == 0:
-            for index in range(len(self._carried)):
-                self._call(index)
-            self._model.unload(self._model.made_while_read(nn.Embedding))
-            self._model.source.release(self._model.tensors_of(self._model.outside))
+            self._all_started()
+
+    def _all_started(self) -> None:
+        for index in range(len(self._carried)):
+            self._call(index)
+        self._model.unload(self._model.made_while_read(nn.Embedding))
+        self._model.source.release(self._model.tensors_of(self._model.outside))
+
+    def go_on(self, boundary: Boundary, keys: Sequence[str]) -> None:
+        """Bring all samples where they were at a boundary that an interrupted run has kept, without running a block.
+
+        Args:
+            keys: the names that they have there, those of other ranks included.
+
+        Raises:
+            NotAsKeptError: what was kept cannot be read, or leads elsewhere; this object is of no use any more.
+        """
+        for index, key in enumerate(keys):
+            try:
+                self._bring(index, key, boundary)
+            except Exception as error:
+                raise NotAsKeptError(f"{key}: {error}") from error
+        if boundary.stop > len(self._model.towers):
+            self._all_started()
+
+    def _bring(self, index: int, key: str, boundary: Boundary) -> None:
+        while (call := self._forward.call(index)).block < boundary.stop:
+            self._deliver(index, boundary.output(key, call.block))
+        if not boundary.agrees(key, call):
+            raise NotAsKeptError("the next block is given something else than it was then")
+        if boundary.stop >= len(self._model.towers):
+            self._carried.let_go(index)
+        self._call(index)
+
+    def _deliver(self, index: int, output: Any) -> None:
+        """Run a sample to its next stop; the witness under the eyes of autograd."""
+        if self.witness is None or index != self._along:
+            self._forward.resume(index, output)
+            return
+        with torch.enable_grad():
+            self._forward.resume(index, self.witness.marked(self._forward.call(index).block, output))
+
+    @property
+    def _along(self) -> int:
+        """The number of the witness, if there is one."""
+        return len(self._carried) - 1
+
+    def passing(self, unit: Unit) -> AbstractContextManager[None]:
+        """Within this context all samples pass a unit."""
+        assert unit.stop is not None
+        return nullcontext() if self.boundaries is None else self.boundaries.at(unit.stop)
+
+    def follow(self) -> None:
+        """Let the witness pass the current block; then it is known what of the other samples is to be kept."""
+        if self.boundaries is None or self._is_last:
+            return
+        call = self._forward.call(self._along)
+        if call.block != self._stop:
+            self.boundaries.decide()
+            return
+        there = BlockCall(call.sample, call.block, moved(call.args, self._device), moved(call.kwargs, self._device))
+        output = moved(self._forward.compute(there), torch.device("cpu"))
+        del call, there
+        self._deliver(self._along, output)
+        self.boundaries.decide()
+        self.boundaries.take(self._along, output)
+        self.boundaries.taken(self._along, self._forward.call(self._along))
+
+    @property
+    def _is_last(self) -> bool:
+        return self._stop == len(self._model.stops) - 1
 
     def given(self) -> tuple[int, int]:
         """How many samples, and how many extra ones, have started; several may share a forward."""
@@ -117,7 +194,8 @@ class BlockForwards:
     def _call(self, index: int) -> BlockCall:
         """The call at which a sample waits; what it holds is on disk if it is to be."""
         call = self._forward.call(index)
-        if self._spill is not None and self._settled.get(index) != call.block:
+        along = self.witness is not None and index == self._along
+        if self._spill is not None and not along and self._settled.get(index) != call.block:
             first = index not in self._settled
             self._settled[index] = call.block
             self._spill.hold(_hidden_of(call))
@@ -198,9 +276,13 @@ class BlockForwards:
 
     def _resume(self, index: int, output: Any) -> None:
         """At the last block outputs are dropped: nothing after the blocks is ever calibrated."""
-        if self._is_here(index) and self._stop < len(self._model.stops) - 1:
+        if self._is_here(index) and not self._is_last:
+            if self.boundaries is not None:
+                self.boundaries.take(index, output)
             self._forward.resume(index, output)
-            self._call(index)
+            call = self._call(index)
+            if self.boundaries is not None:
+                self.boundaries.taken(index, call)
             if self._stop < len(self._model.towers) <= self._call(index).block:
                 self._carried.let_go(index)
 
@@ -229,7 +311,7 @@ class BlockForwards:
 
 
 class _Carried(Sequence[Mapping[str, Any]]):
-    """The inputs of all streams, and then of the extra samples; each is taken from where it comes when it is needed."""
+    """The inputs of all streams, of the extra samples, and last of the witness; each is asked for when it is needed."""
 
     def __init__(
         self,
@@ -237,16 +319,20 @@ class _Carried(Sequence[Mapping[str, Any]]):
         streams: int,
         extra: Sequence[Mapping[str, Any]],
         spill: Spill | None = None,
+        witness: Mapping[str, Any] | None = None,
     ) -> None:
         self._inputs, self._streams, self._extra, self._spill = inputs, streams, extra, spill
+        self._witness = witness
         self.given = self.given_extra = 0
         self._for_towers: dict[int, TowerInputs] = {}
 
     def __len__(self) -> int:
-        return len(self._inputs) * self._streams + len(self._extra)
+        return len(self._inputs) * self._streams + len(self._extra) + (self._witness is not None)
 
     def __getitem__(self, index: Any) -> Any:
         at, own = int(index), len(self._inputs) * self._streams
+        if self._witness is not None and at == len(self) - 1:
+            return self._witness
         batch = self._extra[at - own] if at >= own else self._inputs[at % len(self._inputs)]
         if self._spill is not None:
             self._spill.hold(batch)

@@ -13,7 +13,7 @@ from slim_core.runners.prediction import input_of
 if TYPE_CHECKING:
     from slim_core.runners.plan import Plan
 
-__all__ = ["Division", "Part", "part_of", "shares"]
+__all__ = ["Division", "Part", "chosen", "part_numbers", "part_of", "shares"]
 
 _T = TypeVar("_T")
 
@@ -47,19 +47,25 @@ class Part(Sequence[Any]):
             close()
 
 
-def part_of(inputs: Sequence[_T], tokens: Sequence[int], rank: int, ranks: int) -> Sequence[_T]:
-    """The samples of a rank, in their order; about as many tokens for each rank.
+def part_numbers(count: int, tokens: Sequence[int], rank: int, ranks: int) -> list[int]:
+    """Which of ``count`` samples a rank runs, in their order; about as many tokens for each rank.
 
     Args:
-        inputs: all samples. If they have a method ``part``, it gives some of them by their numbers.
-        tokens: of every sample.
+        tokens: of every sample; if there are not as many, samples count as equal.
     """
-    if ranks == 1:
-        return inputs
-    sizes = tokens if len(tokens) == len(inputs) else [1] * len(inputs)
-    mine = [number for number, owner in enumerate(shares(sizes, ranks)) if owner == rank]
+    sizes = tokens if len(tokens) == count else [1] * count
+    return [number for number, owner in enumerate(shares(sizes, ranks)) if owner == rank]
+
+
+def chosen(inputs: Sequence[_T], numbers: Sequence[int]) -> Sequence[_T]:
+    """Some samples by their numbers; by their own method ``part``, if they have one."""
     choose = getattr(inputs, "part", None)
-    return choose(mine) if choose is not None else Part(inputs, mine)
+    return choose(numbers) if choose is not None else Part(inputs, numbers)
+
+
+def part_of(inputs: Sequence[_T], tokens: Sequence[int], rank: int, ranks: int) -> Sequence[_T]:
+    """The samples of a rank."""
+    return inputs if ranks == 1 else chosen(inputs, part_numbers(len(inputs), tokens, rank, ranks))
 
 
 class Division:

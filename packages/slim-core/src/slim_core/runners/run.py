@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -24,14 +25,14 @@ from slim_core.model.streamed import StreamedModel
 from slim_core.progress import Progress
 from slim_core.ranks.group import ALONE, Ranks
 from slim_core.recipe.schema import DatasetConfig
-from slim_core.runners.calibration import BlockForwards
-from slim_core.runners.division import Division, part_of
+from slim_core.runners.beginning import begin
+from slim_core.runners.boundaries import FOLDER
+from slim_core.runners.division import Division
 from slim_core.runners.expert_tokens import starved_warning
 from slim_core.runners.ledger import Ledger
 from slim_core.runners.plan import Plan
 from slim_core.runners.prior import LEARNED_FILE, StageInputs, keep_learned, learned_before, run_stages
 from slim_core.runners.records import RunResult, UnitRecord
-from slim_core.runners.spill import Spill
 from slim_core.runners.unit_run import Bench, UnitRun
 from slim_core.savers.base import Output, PlannedTensor
 
@@ -55,6 +56,7 @@ def run_plan(
     finish: Callable[[Path, RunResult], None] | None = None,
     ranks: Ranks = ALONE,
     tokens: Callable[[DatasetConfig | None], Sequence[int]] = lambda _: (),
+    example: Callable[[], Mapping[str, Any]] | None = None,
 ) -> RunResult:
     """Carry out a plan.
 
@@ -70,6 +72,7 @@ def run_plan(
         ranks: the processes that carry out the same plan together, and call this with the same arguments.
         tokens: gives the tokens of every forward of the calibration set of a stage, or (None) of the main one, by which
             ranks share them.
+        example: gives the inputs of one short sample; without it a resumed run runs finished blocks once more.
 
     Raises:
         SlimError: the plan is refused, or whatever went wrong; an interrupted run can be resumed if at least one unit
@@ -105,14 +108,12 @@ def run_plan(
             stack.callback(ledger.close)
             bench = Bench(model, plan, writer, staging, result, by_unit, propagate == "quantized", division, ranks)
             if plan.needs_data and calibration is not None:
-                inputs = calibration()
-                if not division.by_units:
-                    inputs = part_of(inputs, tokens(None), ranks.rank, ranks.size)
-                quota = plan.experts.quota
-                extra = extra_calibration() if quota is not None and quota.extra.count else ()
-                spill = Spill(staging.folder) if plan.memory.spills else None
-                forwards = BlockForwards(model, inputs, plan.devices.first, plan.streams, extra, spill, ranks.tick)
-                bench.forwards = stack.enter_context(forwards)
+                sharing = bench.shared
+                begun = begin(
+                    *(stack, plan, model, staging.folder, staging.finished, calibration, extra_calibration),
+                    *(sharing, tokens(None) if sharing.size > 1 else (), example),
+                )
+                bench.forwards, bench.begins = begun.forwards, begun.stop
             before = time.process_time()
             with torch.no_grad():
                 _work_through(bench, ledger, progress)
@@ -129,6 +130,7 @@ def run_plan(
             _logger.warning("%s", text)
             result.warnings.append(text)
         extras = [found for processor in plan.processors if (found := processor.extras()) is not None]
+        shutil.rmtree(staging.folder / FOLDER, ignore_errors=True)
         plan.saver.complete(staging.folder, model, plan.output, extras)
         result.seconds = time.monotonic() - began
         result.peak_bytes = peak_memory()
@@ -266,8 +268,11 @@ def _work_through(bench: Bench, ledger: Ledger, progress: Progress) -> None:
         began, before = time.monotonic(), result.counts()
         finished = unit.name in bench.staging.finished
         run = UnitRun(bench, unit, finished=finished or not bench.division.works_on(unit.name))
-        if unit.stop is not None and bench.forwards is not None:
-            run.calibrated(bench.forwards)
+        if unit.stop is not None and unit.stop < bench.begins:
+            pass  # written by an interrupted run, and what it gave is known
+        elif unit.stop is not None and bench.forwards is not None:
+            with bench.forwards.passing(unit):
+                run.calibrated(bench.forwards)
         else:
             run.without_data()
         if not finished:

@@ -54,6 +54,7 @@ class Bench:
     division: Division
     ranks: Ranks = ALONE
     forwards: BlockForwards | None = None
+    begins: int = 0  # the stop at which the samples are when the run begins
 
     @property
     def shared(self) -> Ranks:
@@ -125,6 +126,7 @@ class UnitRun:
         device = plan.devices.first
         forwards.reach(unit)
         bench.model.load((name for name in unit.parameters if name not in on_call.owners), device)
+        forwards.follow()
         works = self._write or bench.propagate_quantized
         fresh, again = (self._fresh(), self._fresh_states()) if works else ({}, frozenset[str]())
         keep = works and (bool(fresh or again) or any(processor.runs_block for processor in plan.processors))

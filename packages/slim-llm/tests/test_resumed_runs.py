@@ -1,0 +1,189 @@
+"""Runs that go on from the activations that an interrupted one has kept."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+
+from slim_core.runners import boundaries
+from slim_core.runners.boundaries import FOLDER
+from slim_core.runners.ledger import Ledger
+from slim_core.runners.run import RunResult
+
+ModelFolder = Callable[..., Path]
+Runs = Callable[..., RunResult]
+
+
+@pytest.fixture(autouse=True)
+def kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Activations are kept at every boundary, whatever that costs."""
+    monkeypatch.setattr(boundaries, "_SHARE", float("inf"))
+
+
+@contextmanager
+def ending_at(unit: str) -> Generator[None]:
+    """A run that dies when a unit is done and not noted yet."""
+    note = Ledger.note
+
+    def failing(self: Ledger, name: str, given: Any) -> None:
+        if name == unit:
+            raise KeyboardInterrupt
+        note(self, name, given)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Ledger, "note", failing)
+        with pytest.raises(KeyboardInterrupt):
+            yield
+
+
+def test_finished_blocks_are_not_run_again_whatever_the_processors(
+    rank_cases: ModuleType, model_folder: ModelFolder, dataset: Path, content: Any, tmp_path: Path, no_plots: None
+) -> None:
+    for name, (family, spec) in rank_cases.CASES.items():
+        model, whole, out = model_folder(family), tmp_path / name / "whole", tmp_path / name / "out"
+        wanted = rank_cases.run(model, whole, dataset, spec)
+        blocks = [unit.name for unit in wanted.units if ".layers." in unit.name]
+        with ending_at(blocks[-1]):
+            rank_cases.run(model, out, dataset, spec)
+        result = rank_cases.run(model, out, dataset, spec, resume=True)
+        assert content(out) == content(whole), name
+        assert [unit.name for unit in result.units] == [unit.name for unit in wanted.units], name
+        assert len(blocks) * result.block_forwards == wanted.block_forwards, name
+        assert result.samples == wanted.samples, name
+
+
+@pytest.fixture
+def static(rank_cases: ModuleType, model_folder: ModelFolder, dataset: Path, no_plots: None) -> Runs:
+    """``static(save_path)``: a run that hands quantized outputs on."""
+    spec = rank_cases.CASES["static, quantized outputs handed on"][1]
+
+    def run(out: Path, **request: Any) -> RunResult:
+        return rank_cases.run(model_folder("qwen3"), out, dataset, spec, **request)
+
+    return run
+
+
+def interrupted(static: Runs, out: Path) -> Path:
+    """A run that died in its last block; its folder."""
+    with ending_at("model.layers.2"):
+        static(out)
+    return out.parent / f".{out.name}.slim-partial" / FOLDER
+
+
+def test_no_more_is_kept_than_a_unit_needs(static: Runs, content: Any, tmp_path: Path) -> None:
+    seen: list[set[str]] = []
+    note = Ledger.note
+
+    def looking(self: Ledger, unit: str, given: Any) -> None:
+        note(self, unit, given)
+        self._writer.flush()
+        if (folder := tmp_path / ".out.slim-partial" / FOLDER).exists():
+            seen.append({path.name for path in folder.iterdir()})
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Ledger, "note", looking)
+        static(tmp_path / "out")
+    assert seen == [{"0"}, {"0", "1"}, {"0", "1"}, {"0", "1"}]  # the last block hands nothing on
+    assert not (tmp_path / "out" / FOLDER).exists()
+
+
+def test_a_run_whose_blocks_are_all_finished_runs_none(static: Runs, content: Any, tmp_path: Path) -> None:
+    whole = static(tmp_path / "whole")
+    with ending_at("epilogue"):
+        static(tmp_path / "out")
+    assert static(tmp_path / "out", resume=True).block_forwards == 0
+    assert whole.block_forwards
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
+
+
+def truncate(folder: Path) -> None:
+    path = next(folder.glob("1/0.0.safetensors"))
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def change(folder: Path) -> None:
+    """As if the power had failed: the file is there, its bytes are not."""
+    path = next(folder.glob("1/3.0.safetensors"))
+    tensors = safetensors.torch.load_file(path)
+    safetensors.torch.save_file({name: torch.zeros_like(tensor) for name, tensor in tensors.items()}, path)
+
+
+DAMAGES: Mapping[str, Callable[[Path], None]] = {
+    "a file is cut off": truncate,
+    "numbers are others": change,
+    "a file is gone": lambda folder: next(folder.glob("1/0.0.safetensors")).unlink(),
+    "a note is cut off": lambda folder: (folder / "1" / "rank-0-of-1.json").write_text('{"needed": [1'),
+    "a note is something else": lambda folder: (folder / "1" / "rank-0-of-1.json").write_text("[]"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_what_is_damaged_is_not_used(
+    static: Runs, content: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: str
+) -> None:
+    whole = static(tmp_path / "whole")
+    DAMAGES[damage](interrupted(static, tmp_path / "out"))
+    result = static(tmp_path / "out", resume=True)
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
+    assert result.block_forwards >= 2 * whole.block_forwards // 3
+    if "note" not in damage:
+        assert "finished blocks are run once more, since their activations are of no use" in caplog.text
+
+
+def test_an_older_boundary_is_taken_where_the_last_is_gone(static: Runs, content: Any, tmp_path: Path) -> None:
+    whole = static(tmp_path / "whole")
+    shutil.rmtree(interrupted(static, tmp_path / "out") / "1")
+    result = static(tmp_path / "out", resume=True)
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
+    assert result.block_forwards == 2 * whole.block_forwards // 3
+
+
+def test_a_disk_without_room_for_them_does_not_end_the_run(
+    static: Runs, content: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = static(tmp_path / "whole")
+    save, calls = boundaries._save, iter(range(1000))
+
+    def full(path: Path, tensors: Any) -> None:
+        if next(calls) > 3:
+            raise OSError(28, "No space left on device", str(path))
+        save(path, tensors)
+
+    monkeypatch.setattr(boundaries, "_save", full)
+    folder = interrupted(static, tmp_path / "out")
+    assert list(folder.iterdir()) == []
+    monkeypatch.setattr(boundaries, "_save", save)
+    assert static(tmp_path / "out", resume=True).block_forwards > whole.block_forwards // 3
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
+
+
+def test_they_are_kept_less_often_if_they_cost_too_much(
+    static: Runs, content: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    static(tmp_path / "whole")
+    monkeypatch.setattr(boundaries, "_SHARE", 0.0)
+    folder = interrupted(static, tmp_path / "out")
+    assert [path.name for path in folder.iterdir()] == ["0"]  # what it costs is not known before the first
+    static(tmp_path / "out", resume=True)
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(("before", "after"), [("cpu:0,1", "cpu"), ("cpu", "cpu:0,1")])
+def test_another_number_of_ranks_goes_on_from_them(
+    static: Runs, content: Any, tmp_path: Path, before: str, after: str
+) -> None:
+    """The first rank decides what is kept, and only it is patched here."""
+    whole = static(tmp_path / "whole")
+    with ending_at("model.layers.2"):
+        static(tmp_path / "out", device=before)
+    result = static(tmp_path / "out", device=after, resume=True)
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
+    assert 3 * result.block_forwards == whole.block_forwards
