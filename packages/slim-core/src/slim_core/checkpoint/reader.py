@@ -26,6 +26,8 @@ from slim_core.errors import InvalidModelError, UnexpectedError
 __all__ = ["Checkpoint"]
 
 _PAGE = mmap.ALLOCATIONGRANULARITY
+# With the page that is touched the kernel maps those around it that it has, so many bytes (its fault_around_bytes).
+_AROUND = 64 << 10
 _AGAIN = "download the file again"
 
 
@@ -159,8 +161,10 @@ class Checkpoint:
         mapped = self._maps.get(stored.file)
         if mapped is None or not stored.nbytes:
             return
-        start = stored.begin - stored.begin % _PAGE
-        mapped.madvise(mmap.MADV_DONTNEED, start, stored.begin + stored.nbytes - start)
+        start = max(0, stored.begin - _AROUND)
+        start -= start % _PAGE
+        stop = min(stored.begin + stored.nbytes + _AROUND, len(mapped))
+        mapped.madvise(mmap.MADV_DONTNEED, start, stop - start)
 
     def close(self) -> None:
         """Stop reading ahead. Mappings go with the last view of them."""

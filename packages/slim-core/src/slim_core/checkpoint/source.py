@@ -6,8 +6,9 @@ works on row blocks that fit the cache, straight from the mapped file.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from slim_core.checkpoint.header import StoredTensor
 
-__all__ = ["LazyTensor", "TensorMeta", "TensorSource"]
+__all__ = ["LazyTensor", "PassingTensor", "TensorMeta", "TensorSource"]
 
 
 @dataclass(frozen=True)
@@ -97,3 +98,16 @@ class LazyTensor:
 
     def release(self) -> None:
         self.source.release((self.meta.name,))
+
+
+@dataclass(frozen=True)
+class PassingTensor(LazyTensor):
+    """One that is read in passing: a thread that asks for rows gives those back that it asked for before."""
+
+    last: threading.local = field(default_factory=threading.local)
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        if (before := getattr(self.last, "rows", None)) is not None:
+            self.source.release_rows(self.meta.name, *before)
+        self.last.rows = start, stop
+        return super().rows(start, stop)

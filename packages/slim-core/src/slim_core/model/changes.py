@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 __all__ = ["Change", "changed", "enlarging", "of_norm", "with_columns", "with_rows"]
 
+_BLOCK_ELEMENTS = 1 << 19
+
 Change = Callable[[Tensor], Tensor]
 """From a parameter to its changed value, a new tensor of the same dtype."""
 
@@ -39,15 +41,27 @@ def of_norm(scale: Tensor, plus_one: bool, value: Tensor) -> Tensor:
 
 
 def with_columns(scale: Tensor, value: Tensor) -> Tensor:
-    """A matrix whose columns are multiplied by a scale."""
-    return (value.float() * scale.to(value.device)).to(value.dtype)
+    """A matrix whose columns are multiplied by a scale; a few rows at a time, in float32."""
+    value, scale = value.detach(), scale.to(value.device)
+    result = torch.empty_like(value)
+    for part, into in zip(value.split(_step(value)), result.split(_step(value)), strict=True):
+        into.copy_(part.float() * scale)
+    return result
 
 
 def with_rows(rows: Tensor, scale: Tensor, value: Tensor) -> Tensor:
-    """A matrix, or a bias, of which some rows are divided by a scale."""
-    result, rows = value.float().clone(), rows.to(value.device)
-    result[rows] = result[rows] / scale.to(value.device).view(-1, *[1] * (value.dim() - 1))
-    return result.to(value.dtype)
+    """A matrix, or a bias, of which some rows are divided by a scale; a few of them at a time, in float32."""
+    value, rows = value.detach(), rows.to(value.device)
+    result = value.clone()
+    scale = scale.to(value.device).view(-1, *[1] * (value.dim() - 1))
+    for some, factor in zip(rows.split(_step(value)), scale.split(_step(value)), strict=True):
+        result[some] = (value[some].float() / factor).to(value.dtype)
+    return result
+
+
+def _step(value: Tensor) -> int:
+    """How many rows of a parameter to work on at a time."""
+    return max(1, _BLOCK_ELEMENTS // max(value[:1].numel(), 1))
 
 
 def _set(root: nn.Module, name: str, parameter: nn.Parameter) -> None:

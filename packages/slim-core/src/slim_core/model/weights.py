@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from slim_core.checkpoint.source import LazyTensor, TensorMeta, TensorSource
+from slim_core.checkpoint.source import LazyTensor, PassingTensor, TensorMeta, TensorSource
 from slim_core.errors import UnexpectedError
 from slim_core.model.inputs import MUL_SCALE, scale_input
 from slim_core.model.streamed import StreamedModel
@@ -114,7 +114,8 @@ class UnitWeights:
     """All parameters of a unit, those that it was given in addition included once they have a value.
 
     Args:
-        live: whether the unit's module holds its parameters, so that edits must reach it too.
+        live: whether the unit's module holds its parameters, so that edits must reach it too; else they are read in
+            passing, a few rows at a time in memory.
         device: where the module is.
         deferred: parameters that the module holds only now and then; who gives them to it asks :meth:`hand_over`.
         source: where to read the parameters, if not from the model's source.
@@ -131,11 +132,12 @@ class UnitWeights:
         source: TensorSource | None = None,
     ) -> None:
         self._model = model
-        self._live = live
+        self.live = live
         self._deferred = deferred
         self._device = device or torch.device("cpu")
+        tensor = LazyTensor if live else PassingTensor
         self._views = {
-            name: WeightView(model.source.meta(stored), LazyTensor(source or model.source, model.source.meta(stored)))
+            name: WeightView(model.source.meta(stored), tensor(source or model.source, model.source.meta(stored)))
             for name, stored in unit.parameters.items()
         }
         self._added = unit.added
@@ -162,7 +164,7 @@ class UnitWeights:
             changed[edit.parameter] = _edited(view, edit)
         before = self._views
         self._views = before | changed
-        held = [name for name in changed if name not in self._deferred] if self._live else []
+        held = [name for name in changed if name not in self._deferred] if self.live else []
         try:
             for name in held:
                 self.hand_over(name)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
 from typing import Any, TypeVar
@@ -12,12 +12,15 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-__all__ = ["decibels", "energy", "for_each_block", "on_one_thread", "rows_per_block", "side_by_side"]
+from slim_core.memory import recycled
+
+__all__ = ["decibels", "energy", "for_each_block", "on_one_thread", "rows_per_block", "scratch", "side_by_side"]
 
 _T = TypeVar("_T")
 _linalg: Any = torch.linalg  # its members have no types
 _CACHE_BYTES = 1 << 21
 _DEVICE_BYTES = 1 << 26
+_RECYCLED_BYTES = 1 << 17
 
 
 @cache
@@ -30,6 +33,14 @@ def rows_per_block(width: int, device: torch.device | None) -> int:
     """How many rows of float32 to work on at once: what fits the cache of the CPU, or what keeps a device busy."""
     size = _CACHE_BYTES if device is None or device.type == "cpu" else _DEVICE_BYTES
     return max(1, size // max(width * 4, 1))
+
+
+def scratch(shape: Sequence[int], dtype: torch.dtype, device: torch.device | None = None) -> Tensor:
+    """An empty tensor; a large one on the CPU in memory that is used again when it is gone."""
+    size = math.prod(shape) * dtype.itemsize
+    if size < _RECYCLED_BYTES or (device is not None and device.type != "cpu"):
+        return torch.empty(shape, dtype=dtype, device=device)
+    return torch.frombuffer(recycled(size), dtype=dtype).view(shape)
 
 
 def for_each_block(work: Callable[[int], _T], starts: range) -> list[_T]:

@@ -9,6 +9,7 @@ from functools import cached_property
 from slim_core.budget import UNLIMITED, MemoryBudget
 from slim_core.devices import Devices
 from slim_core.errors import SlimError, UnsupportedError
+from slim_core.memory import give_back_freed_memory
 from slim_core.model.experts import ExpertLayer
 from slim_core.model.inputs import MUL_SCALE
 from slim_core.model.streamed import StreamedModel
@@ -403,6 +404,7 @@ def _adopted(
     by_expert = explores_by_expert(budget, model)
     found = discover(model, example(), query_keys=query_keys, inputs=True, outside=original, by_expert=by_expert)
     folds = saver.engine is None or reads_floats(saver.engine)
+    give_back_freed_memory()  # what was tried on the way
     structure = found.smoothable(model).settled(quantized, reads_floats=folds)
     for processor in curious:
         processor.adopt(structure, model)

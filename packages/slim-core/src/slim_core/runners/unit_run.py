@@ -148,8 +148,12 @@ class UnitRun:
         self._note_experts(experts)
         if not bench.propagate_quantized and not observed.extra:
             observed.extra = [forwards.compute_extra(sample) for sample in range(forwards.extra)]
+        live = bool(fresh or again) or keep or bench.propagate_quantized
+        if not (live or plan.runner.keeps_model):  # the block has run for the last time
+            bench.model.unload(unit.parameters)
+        give_back_freed_memory()
         if works:
-            work = self._work(observed, on_call, live=bool(fresh or again) or keep or bench.propagate_quantized)
+            work = self._work(observed, on_call, live=live)
             work.starved = experts.barely_routed() if experts is not None else frozenset()
             work.block = KeptBlock(bench.model, forwards, targets, device) if keep else None
             self._reshape(work)
@@ -335,7 +339,7 @@ class UnitRun:
             bench.result.linears.append(LinearRecord(name, str(layer.kind), sqnr_db, low, high, tokens, seconds))
         if bench.propagate_quantized:
             self._layers[name] = layer
-        if bench.forwards is None or self._unit.stop is None:
+        if not weights.live:
             linear.weight.release()
         if seen is not None:
             self._waiting[id(seen)] -= 1

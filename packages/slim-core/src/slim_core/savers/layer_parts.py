@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from slim_core.quantization.affine import by_groups
+from slim_core.quantization.affine import by_groups, dequantize_groups
 from slim_core.quantization.kinds import LayerKind
 from slim_core.quantization.layers import (
     DynamicInt,
@@ -17,6 +17,7 @@ from slim_core.quantization.layers import (
     StaticInt8,
     WeightOnlyInt,
 )
+from slim_core.quantization.row_blocks import rows_per_block
 from slim_core.savers.ascendv1_layout import FLOAT_BIAS, row_parallel
 from slim_core.savers.packing import pack_columns, pack_rows
 
@@ -86,5 +87,10 @@ def _w4a8_parts(prefix: str, layer: DynamicInt) -> dict[str, Tensor]:
     if layer.second_scale is not None:
         parts |= {"weight_scale_second": layer.second_scale, "weight_offset_second": layer.weight_offset}
     splits = 16 if row_parallel(prefix) else 1
-    parts["scale_bias"] = 8 * by_groups(layer.dequantized(), splits).sum(2)
+    step = rows_per_block(layer.weight.shape[1], layer.weight.device)
+    sums = [
+        by_groups(dequantize_groups(*rows), splits).sum(2)
+        for rows in zip(layer.weight.split(step), layer.scale.split(step), layer.weight_offset.split(step), strict=True)
+    ]
+    parts["scale_bias"] = 8 * torch.cat(sums)
     return parts

@@ -12,6 +12,7 @@ from slim_core.quantization.affine import dequantize, dequantize_groups, quantiz
 from slim_core.quantization.integer import int8_matmul
 from slim_core.quantization.kinds import LayerKind
 from slim_core.quantization.layers.base import restore
+from slim_core.quantization.row_blocks import rows_per_block, scratch
 
 __all__ = ["DynamicInt", "MixedInt8", "StaticInt8", "WeightOnlyInt"]
 
@@ -50,8 +51,7 @@ class StaticInt8:
     ) -> StaticInt8:
         """Derive the integer parameters from codes ``(out, in)``, their scales ``(out,)`` and the input's range."""
         deq_scale = input_scale * weight_scale
-        row_sum = _row_sums(weight).double()
-        folded = -input_offset.double() * row_sum
+        folded = -input_offset.double() * _row_sums(weight)
         if bias is not None:
             folded = folded + bias.double() / deq_scale.double()
         limit = torch.iinfo(torch.int32)
@@ -191,9 +191,11 @@ class WeightOnlyInt:
 
 
 def _row_sums(codes: Tensor) -> Tensor:
-    """int64 sums over the rows of int8 codes, a few rows at a time: the sum widens its whole input first."""
-    step = max(1, (1 << 20) // max(codes.shape[1], 1))
-    sums = torch.empty(codes.shape[0], dtype=torch.int64, device=codes.device)
-    for start in range(0, codes.shape[0], step):
-        sums[start : start + step] = codes[start : start + step].sum(dim=1, dtype=torch.int64)
+    """The sums of the rows of int8 codes, float64 and exact, a few rows at a time: a sum widens its whole input."""
+    step = min(rows_per_block(2 * codes.shape[1], codes.device), len(codes))
+    sums = torch.empty(len(codes), dtype=torch.float64, device=codes.device)
+    wide = scratch((step, codes.shape[1]), torch.float64, codes.device)
+    for start in range(0, len(codes), max(step, 1)):
+        part = codes[start : start + step]
+        sums[start : start + step] = wide[: len(part)].copy_(part).sum(dim=1)
     return sums

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from slim_core.quantization.affine import EPSILON, affine_parameters, by_groups
-from slim_core.quantization.row_blocks import decibels, for_each_block, rows_per_block
+from slim_core.quantization.row_blocks import decibels, for_each_block, rows_per_block, scratch
 from slim_core.quantization.weights import QuantizedWeight, RowSource, refuse_infinite
 
 __all__ = ["minmax_weight"]
@@ -22,7 +22,7 @@ _SAMPLE_EVERY, _SAMPLED_ROWS = 8, 64
 def magnitudes(rows: Tensor) -> Tensor:
     """The largest absolute value along the last dimension, float32 ``(..., 1)``; NaN where there is one."""
     if rows.dtype in (torch.bfloat16, torch.float16):
-        bits = torch.bitwise_and(rows.view(torch.int16), 0x7FFF)
+        bits = torch.bitwise_and(rows.view(torch.int16), 0x7FFF, out=scratch(rows.shape, torch.int16, rows.device))
         return bits.amax(-1, keepdim=True).view(rows.dtype).float()
     return rows.abs().amax(-1, keepdim=True).float()
 
@@ -36,7 +36,7 @@ def _quantize_rows(rows: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, Te
             rows.amin(-1, keepdim=True), rows.amax(-1, keepdim=True), bits, symmetric=False
         )
     # Into memory of its own: float32 rows are the mapped file itself.
-    steps = torch.div(rows, scale, out=torch.empty(rows.shape, device=rows.device))
+    steps = torch.div(rows, scale, out=scratch(rows.shape, torch.float32, rows.device))
     return steps if symmetric else steps.add_(offset), scale, offset
 
 
@@ -62,7 +62,7 @@ def minmax_weight(
         return QuantizedWeight(
             torch.empty(out, width, dtype=torch.int8), torch.full(shape, EPSILON), torch.zeros(shape), float("inf")
         )
-    codes = torch.empty(out, width, dtype=torch.int8)
+    codes = scratch((out, width), torch.int8)
     scale, offset = torch.empty(out, groups), torch.empty(out, groups)
     half = 2 ** (bits - 1)
     block = rows_per_block(width, device)
@@ -71,7 +71,7 @@ def minmax_weight(
         stop = min(start + block, out)
         steps, s, z = _quantize_rows(by_groups(weight.rows(start, stop).to(device), groups), bits, symmetric)
         sampled = slice(None, None, max(1, (stop - start) // _SAMPLED_ROWS))
-        exact = None if (start // block) % _SAMPLE_EVERY else steps[sampled].clone()
+        exact = None if (start // block) % _SAMPLE_EVERY else _copied(steps[sampled])
         rounded = steps.round_()
         if not symmetric:  # a symmetric scale keeps every code inside by construction
             rounded.clamp_(-half, half - 1)
@@ -81,11 +81,15 @@ def minmax_weight(
         if exact is None:
             return 0.0, 0.0
         s, z = s[sampled], z[sampled]
-        return _energy(exact - z, s), _energy(exact - rounded[sampled], s)
+        return _energy(_copied(exact).sub_(z), s), _energy(exact.sub_(rounded[sampled]), s)
 
     energies = for_each_block(work, range(0, out, block))
     refuse_infinite(scale, name)
     return QuantizedWeight(codes, scale, offset, decibels(energies))
+
+
+def _copied(values: Tensor) -> Tensor:
+    return scratch(values.shape, values.dtype, values.device).copy_(values)
 
 
 def _energy(steps: Tensor, scale: Tensor) -> float:

@@ -13,6 +13,8 @@ from slim_core.quantization.statistics.sums import shortened
 
 __all__ = ["ChannelStatistics"]
 
+_BLOCK_ELEMENTS, _CHANNELS = 1 << 18, 64
+
 
 @dataclass
 class ChannelStatistics:
@@ -37,16 +39,16 @@ class ChannelStatistics:
         rows = x.detach().reshape(-1, x.shape[-1])
         if not len(rows):
             return
-        self.merge(
-            ChannelStatistics(
-                rows.amin(0).float(),
-                rows.amax(0).float(),
-                shortened(rows.sum(0, dtype=torch.float64)),
-                shortened(rows.abs().sum(0, dtype=torch.float64)),
-                shortened(rows.double().square_().sum(0)),
-                len(rows),
-            )
-        )
+        total, magnitude, square = torch.empty(3, rows.shape[1], dtype=torch.float64, device=rows.device).unbind(0)
+        step = max(_CHANNELS, _BLOCK_ELEMENTS // len(rows))
+        for start in range(0, rows.shape[1], step):  # a few at a time: the work in float64 stays small
+            some = slice(start, start + step)
+            wide = rows[:, some].to(torch.float64, copy=True)
+            total[some] = wide.sum(0)
+            magnitude[some] = wide.abs_().sum(0)
+            square[some] = wide.square_().sum(0)
+        sums = (shortened(total), shortened(magnitude), shortened(square))
+        self.merge(ChannelStatistics(rows.amin(0).float(), rows.amax(0).float(), *sums, len(rows)))
 
     def merge(self, other: ChannelStatistics) -> None:
         """Add what another one saw."""

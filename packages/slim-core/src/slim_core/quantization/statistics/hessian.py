@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from slim_core.memory import give_back_freed_memory
 from slim_core.quantization.statistics.problems import not_finite
 from slim_core.quantization.statistics.sums import accumulator
 
@@ -15,6 +16,7 @@ __all__ = ["Hessian", "hessian_bytes"]
 
 _BLOCK_ELEMENTS = 1 << 20
 _ROWS = 64  # of a strip of the lower triangle
+_TRIMMED_BYTES = 8 << 20
 
 
 def hessian_bytes(width: int) -> int:
@@ -57,6 +59,8 @@ class Hessian:
                 total[start:stop, :stop] = strip
                 total[:start, start:stop] = strip[:, :start].T
             self._total = total
+            if total.nbytes >= _TRIMMED_BYTES and total.device.type == "cpu":
+                give_back_freed_memory()  # the strips
         return self._total
 
     def parts(self, width: int, device: torch.device) -> list[Tensor]:
