@@ -24,6 +24,7 @@ __all__ = ["TokenSample"]
 _STRATA_PER_OCTAVE = 2
 _SEED = 1234
 _HASHED_CHANNELS = 64
+_SPARE_ROWS = 64
 _Integers = np.ndarray[Any, np.dtype[np.int64]]
 
 
@@ -131,6 +132,8 @@ class TokenSample:
         free = np.setdiff1d(np.arange(len(self._buffer)), places[~new])
         if (more := int(new.sum()) - len(free)) > 0:
             old = self._buffer if held else self._buffer.new_empty(0, width)
+            # Room for the next ones too: every larger buffer would be in memory beside the last, and the heap keep both.
+            more = -(-max(more, min(len(old), self.size - len(old))) // _SPARE_ROWS) * _SPARE_ROWS
             free = np.append(free, np.arange(len(old), len(old) + more))
             self._buffer = torch.cat([old, old.new_empty(more, width)])
         places[new] = free[: int(new.sum())]
