@@ -1,11 +1,13 @@
 """Peak memory: does it follow the largest unit and not the model?
 
     python benchmarks/memory.py /tmp/scratch [--large]
-    python benchmarks/memory.py /tmp/scratch --prediction gptq flex autoround
+    python benchmarks/memory.py /tmp/scratch --prediction all
+    python benchmarks/memory.py /tmp/scratch --prediction gptq autoround --shapes wide-2 --rounds 1
 
 8 blocks against 32 of the same shape, data-free and calibrated; ``--large`` adds a checkpoint of 29.5 GB.
-``--prediction`` holds what the plan says against what the report measured instead, one method after the other, on two
-blocks.
+``--prediction`` holds what the plan says against what the report measured instead: peak memory beyond the start of the
+run, the median of several rounds, and the bytes of the weight files, which must be exact. ``all`` stands for
+dynamic, static, gptq and flex.
 """
 
 from __future__ import annotations
@@ -15,11 +17,13 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from measure import quantize, show
-from synthetic import write_checkpoint
+from synthetic import SHAPES, write_checkpoint
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 SAMPLES, TOKENS = 16, 256
@@ -41,6 +45,10 @@ METHODS: dict[str, list[dict[str, Any]]] = {
     "autoround": [{"type": "autoround_quant", "iters": 2, "strategies": [{"qconfig": LEARNED}]}],
     "sparse": [{"type": "float_sparse"}],
 }
+
+
+PREDICTED = ("dynamic", "static", "gptq", "flex")
+PREDICTED_SHAPES = ("wide-2", "narrow-2", "mid-2", "deep-12", "tied-2", "square-2", "broad-2", "moe-4")
 
 
 def calibration_set(folder: Path) -> Path:
@@ -71,14 +79,35 @@ def largest_unit(model: Path) -> float:
     return max(unit_bytes(opened, unit) for unit in opened.units) / 2**20
 
 
-def compare_prediction(model: Path, folder: Path, method: str) -> None:
-    """One run: what its plan promised and what its report says."""
+def prediction_recipe(folder: Path, method: str) -> Path:
+    """The recipe of a method over text of a fixed length."""
     dataset = {"path": str(calibration_set(folder)), "max_length": TOKENS}
     spec = {"process": METHODS[method], "save": [{"type": "ascendv1_saver"}], "dataset": dataset}
     recipe = folder / f"{method}.yaml"
     recipe.write_text(json.dumps({"apiversion": "modelslim_v1", "spec": spec}), "utf-8")  # JSON is YAML
-    predicted, measured = told(model, recipe, folder / "out")
-    print(f"{method}: predicted {predicted:.0f} MiB, measured {measured:.0f} ({predicted / measured:.2f})", flush=True)
+    return recipe
+
+
+def compare_predictions(folder: Path, shapes: Sequence[str], methods: Sequence[str], rounds: int) -> None:
+    """A table of what plans promised and what reports say. GPTQ of hundreds of experts takes too long."""
+    print(
+        "| shape | method | predicted | measured | predicted / measured |\n| --- | --- | --- | --- | --- |", flush=True
+    )
+    ratios: list[float] = []
+    for shape in shapes:
+        model = folder / shape
+        if not model.exists():
+            write_checkpoint(shape, model)
+        for method in (one for one in methods if (shape, one) != ("moe-4", "gptq")):
+            recipe = prediction_recipe(folder, method)
+            every = [told(model, recipe, folder / "out") for _ in range(rounds)]
+            predicted, measured = every[0][0], [one for _, one in every]
+            ratios.append(predicted / median(measured))
+            spread = f" ({min(measured):.0f} to {max(measured):.0f})" if rounds > 1 else ""
+            row = f"{shape} | {method} | {predicted:.0f} MiB | {median(measured):.0f} MiB{spread} | {ratios[-1]:.2f}"
+            print(f"| {row} |", flush=True)
+    within = sum(abs(ratio - 1) <= 0.1 for ratio in ratios)
+    print(f"{within} of {len(ratios)} within 10 %; the bytes of the output exact in all")
 
 
 def told(model: Path, recipe: Path, out: Path, *options: str) -> tuple[float, float]:
@@ -88,6 +117,9 @@ def told(model: Path, recipe: Path, out: Path, *options: str) -> tuple[float, fl
     paths = ["--model_path", str(model), "--save_path", str(out), "--config_path", str(recipe)]
     subprocess.run([*command, *paths, *options], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     report = json.loads((out / "report.json").read_text("utf-8"))
+    written = sum(file.stat().st_size for file in out.glob("*.safetensors"))
+    if written != report["predicted_bytes_out"]:
+        raise RuntimeError(f"{out}: {written} bytes of weights, {report['predicted_bytes_out']} were predicted")
     shutil.rmtree(out)
     return report["predicted_peak_memory"] / 2**20, report["peak_memory"] / 2**20
 
@@ -97,15 +129,15 @@ if __name__ == "__main__":
     parser.add_argument("folder", type=Path)
     parser.add_argument("--width", choices=("wide", "broad"), default="wide", help="units of 36 or 120 MiB")
     parser.add_argument("--large", action="store_true")
-    parser.add_argument("--prediction", nargs="+", choices=METHODS, metavar="METHOD", help=", ".join(METHODS))
+    methods = ("all", *METHODS)
+    parser.add_argument("--prediction", nargs="+", choices=methods, metavar="METHOD", help=", ".join(methods))
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=PREDICTED_SHAPES, metavar="SHAPE")
+    parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
     arguments.folder.mkdir(parents=True, exist_ok=True)
     if arguments.prediction:
-        small = arguments.folder / f"{arguments.width}-2"
-        if not small.exists():
-            write_checkpoint(small.name, small)
-        for method in arguments.prediction:
-            compare_prediction(small, arguments.folder, method)
+        chosen = PREDICTED if "all" in arguments.prediction else arguments.prediction
+        compare_predictions(arguments.folder, arguments.shapes, chosen, arguments.rounds)
         sys.exit()
     recipes = {"data-free": EXAMPLES / "w8a8-dynamic.yaml", "calibrated": calibrated_recipe(arguments.folder)}
     for title, recipe in recipes.items():

@@ -32,6 +32,12 @@ SHAPES = {
     # As many parameters in the blocks as those of moe-4, in matrices of a usual size.
     "dense-8": (2048, 7424, 8, 16, 8, 8192, False),
     "moe-4": (768, 384, 4, 8, 4, 8192, False),
+    # Together with wide-2, broad-2 and moe-4: many kinds of blocks and heads that are soon worked on.
+    "narrow-2": (512, 2048, 2, 8, 4, 8192, False),
+    "mid-2": (1536, 8960, 2, 12, 2, 8192, False),
+    "deep-12": (768, 2048, 12, 12, 4, 8192, False),
+    "tied-2": (1024, 3072, 2, 16, 8, 65536, True),
+    "square-2": (2048, 2048, 2, 16, 16, 8192, False),
 }
 EXPERTS = {"moe-4": (128, 8)}
 """How many experts a block has, and how many of them a token goes to; the intermediate size is that of one expert."""

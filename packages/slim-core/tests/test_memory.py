@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import subprocess
 import sys
 
 import pytest
+
+from slim_core.memory import give_back_freed_memory, recycled, resident_memory
 
 LIMITS = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
 _LIMITS = "import os, slim_core.memory; print(*(os.environ[name] for name in {names}))"
@@ -41,3 +44,43 @@ def test_kernels_of_many_shapes_are_not_all_kept() -> None:
 def test_a_users_own_limit_stands(name: str) -> None:
     told = _told(_LIMITS.format(names=LIMITS), **{name: "7"}).split()
     assert told == ["7" if limit == name else "64" for limit in LIMITS]
+
+
+def address(view: memoryview) -> int:
+    return ctypes.addressof(ctypes.c_char.from_buffer(view))
+
+
+def test_memory_is_used_again_when_nobody_holds_it() -> None:
+    give_back_freed_memory()
+    first, second = recycled(1 << 20), recycled(1 << 20)
+    places = {address(first), address(second)}
+    assert len(places) == 2
+    del first
+    third = recycled(600 << 10)
+    assert len(third) == 600 << 10
+    assert address(third) in places - {address(second)}
+    del third
+    small = recycled(1 << 10)  # would leave most of it idle
+    assert address(small) not in places
+
+
+def test_what_is_kept_to_be_used_again_can_be_given_back() -> None:
+    view = recycled(64 << 20)
+    view[:: 4 << 10] = bytes(len(range(0, 64 << 20, 4 << 10)))
+    full = resident_memory()
+    del view
+    assert resident_memory() > full - (8 << 20)
+    give_back_freed_memory()
+    assert resident_memory() < full - (56 << 20)
+
+
+def test_what_is_kept_to_be_used_again_is_bounded() -> None:
+    give_back_freed_memory()
+    before = resident_memory()
+    views = [recycled(8 << 20) for _ in range(10)]
+    for view in views:
+        view[:: 4 << 10] = bytes(len(range(0, 8 << 20, 4 << 10)))
+    del views, view
+    recycled(1 << 10)
+    assert resident_memory() - before < 60 << 20
+    give_back_freed_memory()

@@ -15,6 +15,7 @@ import torch
 from slim_core.checkpoint.reader import Checkpoint
 from slim_core.errors import InvalidDatasetError, InvalidModelError, SecurityError, UnsupportedError
 from slim_core.processors.linear_quant import LinearQuant
+from slim_core.runners.unit_run import UnitRun
 from slim_core.service import QuantRequest
 
 SAMPLES = 5
@@ -184,6 +185,29 @@ def test_without_data_every_weight_is_read_once(
     for name, read in rows.items():
         assert sorted(read) == list(range(len(written.tensors[name])))
     assert sorted(loads) == sorted(f"{m}.bias" for m in written.quantized() if f"{m}.bias" in written.tensors)
+
+
+@pytest.mark.parametrize(("propagate", "there"), [("float", False), ("quantized", True)])
+def test_a_block_is_in_memory_while_it_is_quantized_only_if_it_runs_again(
+    model_folder: ModelFolder,
+    quantize: Quantize,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    propagate: str,
+    there: bool,
+) -> None:
+    found: set[bool] = set()
+    quantized = UnitRun._quantize  # pyright: ignore[reportPrivateUsage]
+
+    def looked_at(self: Any, work: Any) -> None:
+        if self._unit.block is not None:
+            module = self._bench.model.module.get_submodule(self._unit.name)
+            found.update(not parameter.is_meta for parameter in module.parameters())
+        quantized(self, work)
+
+    monkeypatch.setattr(UnitRun, "_quantize", looked_at)
+    quantize(model_folder("qwen2"), tmp_path / "out", "static", propagate=propagate)
+    assert found == {there}
 
 
 @pytest.mark.parametrize("unit", ["model.layers.1", "model.layers.2", "epilogue"])

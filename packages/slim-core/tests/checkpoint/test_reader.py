@@ -20,7 +20,7 @@ from torch import Tensor
 
 from slim_core.checkpoint import reader
 from slim_core.checkpoint.reader import Checkpoint
-from slim_core.checkpoint.source import LazyTensor, TensorMeta
+from slim_core.checkpoint.source import LazyTensor, PassingTensor, TensorMeta
 from slim_core.errors import InvalidModelError, UnexpectedError
 from slim_core.memory import resident_memory
 
@@ -278,6 +278,43 @@ def test_releasing_rows_gives_their_memory_back(tmp_path: Path) -> None:
     checkpoint.release_rows("w", 1, 3)
     assert 28 * megabytes < touched - resident_memory() < 40 * megabytes
     assert int(view[:, ::4096].sum()) == 4 * 4096
+
+
+def test_reading_and_releasing_one_after_the_other_leaves_nothing(tmp_path: Path) -> None:
+    """The kernel maps pages around the one that is read, also those of tensors that were given back before."""
+    tensors = {f"w{i:03}": torch.ones(100 << 10, dtype=torch.uint8) for i in range(160)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    checkpoint = Checkpoint(tmp_path)
+    for name in sorted(tensors):
+        assert int(checkpoint.load(name).sum()) == 100 << 10
+        checkpoint.release([name])
+    assert resident_pages(tmp_path / "model.safetensors") <= 128 << 10
+
+
+def resident_pages(file: Path) -> int:
+    """Bytes of a mapped file that are in memory of this process."""
+    text = Path("/proc/self/smaps").read_text("ascii")
+    at = text.index(str(file))
+    return int(text[at:].split("Rss:")[1].split()[0]) << 10
+
+
+def test_rows_read_in_passing_are_given_back_by_the_thread_that_read_them(tmp_path: Path) -> None:
+    megabyte = 1 << 20
+    save_file({"w": torch.ones(8, megabyte, dtype=torch.uint8)}, tmp_path / "model.safetensors")
+    checkpoint = Checkpoint(tmp_path)
+    passing = PassingTensor(checkpoint, checkpoint.meta("w"))
+
+    def read(row: int) -> int:
+        return int(passing.rows(row, row + 1).sum())
+
+    with ThreadPoolExecutor(1) as other:
+        assert other.submit(read, 0).result() == megabyte
+        assert [read(row) for row in range(1, 8)] == [megabyte] * 7
+        held = resident_pages(tmp_path / "model.safetensors")
+        assert 2 * megabyte <= held < 2.5 * megabyte  # the last row of each thread
+        assert other.submit(read, 0).result() == megabyte
+    passing.release()
+    assert resident_pages(tmp_path / "model.safetensors") <= 128 << 10
 
 
 def test_releasing_leaves_neighbours_and_unread_ones_alone(single: Path) -> None:

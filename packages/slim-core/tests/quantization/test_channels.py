@@ -45,3 +45,14 @@ def test_nan_and_infinity(bad: float) -> None:
     seen.update(torch.ones(1, 2))
     with pytest.raises(InvalidModelError, match=r"^layers\.0\.up: its activations hold NaN or infinity"):
         seen.channels.mean_square("layers.0.up")
+
+
+def test_wide_activations_and_those_in_float64_stay_as_they_are() -> None:
+    x = torch.randn(700, 1500, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    before = x.clone()
+    seen = ChannelStatistics()
+    seen.update(x)
+    assert torch.equal(x, before)
+    for sums, exact in ((seen.total, x), (seen.magnitude, x.abs()), (seen.square, x.square())):
+        assert sums is not None
+        assert bool(((sums - exact.sum(0)).abs() <= 2.0**-23 * exact.abs().sum(0)).all())

@@ -100,7 +100,7 @@ def test_memory_is_that_of_the_sample_and_a_batch() -> None:
     sample = TokenSample(50)
     for seed in range(40):
         sample.update(activations(100, 4, seed).reshape(4, 25, 4))
-        assert len(sample._buffer) <= 50 + len(sample._counts)
+        assert len(sample._buffer) <= 50 + len(sample._counts) + 64
     assert sample.seen == 4000
 
 
@@ -149,3 +149,14 @@ def test_bad_tokens() -> None:
         sample_tokens([torch.tensor([[1.0, math.nan]])], 4)
     with pytest.raises(UnsupportedError, match="tokens of different widths, 2 and 3, cannot share a sample"):
         sample_tokens([torch.ones(1, 2), torch.ones(1, 3)], 4)
+
+
+def test_room_grows_in_few_steps() -> None:
+    """A larger buffer lies beside the last while it is filled."""
+    sample, rooms = TokenSample(512), set[int]()
+    for seed in range(40):
+        sample.update(activations(40, 8, seed))
+        rooms.add(len(sample._buffer))
+    assert len(rooms) <= 6
+    assert max(rooms) <= 640
+    assert torch.equal(sample.tokens(), sample_tokens([activations(40, 8, seed) for seed in range(40)], 512))

@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 from slim_core.checkpoint.source import TensorMeta
-from slim_core.memory import KEPT_BY_THE_HEAP
 from slim_core.model.experts import ExpertLayer
 from slim_core.model.streamed import StreamedModel
 from slim_core.model.units import LinearInfo, Unit
@@ -108,11 +107,15 @@ def test_statistics_are_kept_once_for_an_input() -> None:
     def asked(need: Need) -> int:
         return peak(needs=dict.fromkeys(names(), frozenset({need}))) - peak(needs={})
 
-    assert asked(Need.HESSIAN) == 3 * hessian_bytes(HIDDEN) + hessian_bytes(INNER)
+    factorisations = 4 << 20  # their code
+    assert asked(Need.HESSIAN) == 3 * hessian_bytes(HIDDEN) + hessian_bytes(INNER) + factorisations
     assert asked(Need.TOKENS) == 4 * 512 * (3 * HIDDEN + INNER)
+    looked_at = Calibration(0, tokens=4096)
+    tokens = dict.fromkeys(names(), frozenset({Need.TOKENS}))
+    assert peak(looked_at, needs=tokens) - peak(looked_at) - asked(Need.TOKENS) == 4096 * INNER * (2 * 2 + 4)
     assert asked(Need.RANGE) == 0
     other = peak(needs={"layers.0.self_attn.k_proj": frozenset({Need.HESSIAN})})
-    assert other - peak(needs={}) == hessian_bytes(HIDDEN)
+    assert other - peak(needs={}) == hessian_bytes(HIDDEN) + factorisations
 
 
 def test_processors_take_turns_but_what_is_reshaped_stays() -> None:
@@ -128,7 +131,31 @@ def test_reshaped_weights_are_copied_only_for_another_run() -> None:
             return 3 << 20
 
     again, not_again = (peak(Calibration(0, runs_again=one), [Copies(1 << 30, reshapes=True)]) for one in (True, False))
-    assert again - not_again == 3 << 20
+    assert again - not_again == (3 << 20) + BLOCK
+
+
+def test_a_block_that_has_run_for_the_last_time_is_not_in_memory_while_it_is_quantized() -> None:
+    """Either the block and what runs inside it, or the work on it, whichever is more."""
+    runs_once, runs_again = Calibration(0, runs_again=False), Calibration(0)
+    assert peak(runs_once, [Takes(BLOCK // 2)]) == peak(runs_once)
+    assert peak(runs_again, [Takes(BLOCK // 2)]) >= peak(runs_once) + BLOCK // 2
+    assert peak(runs_once, [Takes(3 * BLOCK)]) > peak(runs_once) + BLOCK
+    kept = peak(runs_once, [Takes(3 * BLOCK)], runner=MODEL_WISE)
+    assert kept - peak(runs_once, [Takes(3 * BLOCK)]) == 2 * BLOCK
+
+
+def test_a_head_that_no_sample_runs_through_is_not_counted() -> None:
+    whole = model()
+    head = LinearInfo("lm_head", "lm_head", HIDDEN, 1 << 20, False, False)
+    units = [*whole.units, Unit("epilogue", None, {}, {}, (head,))]
+    wide = cast("StreamedModel", SimpleNamespace(**{**vars(whole), "units": units, "running": whole.units}))
+    owned = {name: Assignment(LayerForm(LayerKind.W8A8), "process[0]", "") for name in names()}
+    shares = [memory_shares(one, LAYER_WISE, [], owned, {}, NOTHING_WAITS) for one in (whole, wide)]
+    assert shares[0] == shares[1]
+
+
+def test_what_exploring_has_loaded_is_not_loaded_again() -> None:
+    assert peak(Calibration(0)) - peak(Calibration(0, explored=True)) == 9 << 20
 
 
 def test_activations_and_layers_that_wait() -> None:
@@ -150,10 +177,10 @@ def test_what_methods_need_for_the_linear_at_work() -> None:
     infos = linears(0)
     owned = {info.name: Assignment(LayerForm(LayerKind.W8A16), "process[0]", "") for info in infos}
     assert minmax.working_bytes(infos, owned) == 0
-    assert gptq.working_bytes(infos, owned) == 8 * INNER**2 + KEPT_BY_THE_HEAP  # down_proj
+    assert gptq.working_bytes(infos, owned) == 8 * INNER**2  # down_proj
     wide = infos[4:5]
     made_good = 4 * INNER * 6 * 128
-    assert gptq.working_bytes(wide, owned) == 4 * HIDDEN**2 + 7 * HIDDEN * INNER + made_good + KEPT_BY_THE_HEAP
+    assert gptq.working_bytes(wide, owned) == 4 * HIDDEN**2 + 7 * HIDDEN * INNER + made_good
     assert gptq.working_bytes(infos, {}) == 0
     theirs = {infos[6].name: Assignment(LayerForm(LayerKind.W16A16S), "process[1]", "")}
     assert sparse.working_bytes(infos, theirs) == 8 * INNER**2 + 15 * HIDDEN * INNER + (40 << 20)

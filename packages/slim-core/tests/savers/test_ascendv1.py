@@ -23,6 +23,7 @@ from slim_core.recipe import recipe_from_dict
 from slim_core.savers.ascendv1 import AscendV1Saver, AscendV1SaverConfig, deq_scale_dtype, describe
 from slim_core.savers.ascendv1_folder import AscendV1Folder
 from slim_core.savers.base import Output, PlannedTensor
+from slim_core.savers.layer_parts import layer_parts
 
 INFO = LinearInfo("m.proj", "m.proj", 4, 3, has_bias=True, in_block=True)
 
@@ -178,3 +179,16 @@ def test_reading_layers(tmp_path: Path) -> None:
     folder.description["a.weight"] = "W8A8"
     with pytest.raises(VerificationError, match=r"^a\.deq_scale: the tensor is missing"):
         folder.layer("a")
+
+
+@pytest.mark.parametrize("name", ["a.o_proj", "a.q_proj"])
+def test_scale_bias_of_a_tall_weight(name: str) -> None:
+    """It is summed up a few rows at a time."""
+    codes = torch.randint(-8, 8, (1100, 1024), dtype=torch.int8)
+    scale, offset = torch.rand(1100, 1) + 0.1, torch.zeros(1100, 1)
+    layer = DynamicInt(codes, scale, offset, weight_bits=4)
+    parts = 16 if name.endswith("o_proj") else 1
+    exact = 8 * (codes.double() * scale.double()).view(1100, parts, -1).sum(2)
+    found = layer_parts(name, layer, torch.float32)["scale_bias"]
+    assert found.shape == exact.shape
+    assert torch.allclose(found.double(), exact, atol=1e-2)

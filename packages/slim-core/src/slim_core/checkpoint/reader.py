@@ -26,8 +26,9 @@ from slim_core.errors import InvalidModelError, UnexpectedError
 __all__ = ["Checkpoint"]
 
 _PAGE = mmap.ALLOCATIONGRANULARITY
-# With the page that is touched the kernel maps those around it that it has, so many bytes (its fault_around_bytes).
-_AROUND = 64 << 10
+# With the page that is touched the kernel maps those around it that it has: some 64 KiB, or all that it keeps together,
+# which is a huge page at most.
+_AROUND = 2 << 20
 _AGAIN = "download the file again"
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -44,8 +44,8 @@ def with_columns(scale: Tensor, value: Tensor) -> Tensor:
     """A matrix whose columns are multiplied by a scale; a few rows at a time, in float32."""
     value, scale = value.detach(), scale.to(value.device)
     result = torch.empty_like(value)
-    for part, into in zip(value.split(_step(value)), result.split(_step(value)), strict=True):
-        into.copy_(part.float() * scale)
+    for some in _portions(value, len(value)):
+        result[some] = (value[some].float() * scale).to(value.dtype)
     return result
 
 
@@ -54,14 +54,15 @@ def with_rows(rows: Tensor, scale: Tensor, value: Tensor) -> Tensor:
     value, rows = value.detach(), rows.to(value.device)
     result = value.clone()
     scale = scale.to(value.device).view(-1, *[1] * (value.dim() - 1))
-    for some, factor in zip(rows.split(_step(value)), scale.split(_step(value)), strict=True):
-        result[some] = (value[some].float() / factor).to(value.dtype)
+    for some in _portions(value, len(rows)):
+        result[rows[some]] = (value[rows[some]].float() / scale[some]).to(value.dtype)
     return result
 
 
-def _step(value: Tensor) -> int:
-    """How many rows of a parameter to work on at a time."""
-    return max(1, _BLOCK_ELEMENTS // max(value[:1].numel(), 1))
+def _portions(value: Tensor, rows: int) -> Iterator[slice]:
+    """So many rows of a parameter, a few at a time."""
+    step = max(1, _BLOCK_ELEMENTS // max(value[:1].numel(), 1))
+    return (slice(start, start + step) for start in range(0, rows, step))
 
 
 def _set(root: nn.Module, name: str, parameter: nn.Parameter) -> None:

@@ -1,8 +1,7 @@
 """How much memory a run will take, worked out before it from headers and from what is to be observed.
 
-What is counted was held against ``benchmarks/memory.py --prediction`` on the CPU with one thread, one or two runs of a
-method: static and dynamic minmax, GPTQ and AutoRound came within 0.89 to 1.06 of what was measured, which itself varies
-by some percent. Other allocators and more threads keep other amounts.
+What is counted was held against ``benchmarks/memory.py --prediction`` on the CPU with one thread, for eight shapes of a
+model; benchmarks/RESULTS.md has the figures. Other allocators and more threads keep other amounts.
 """
 
 from __future__ import annotations
@@ -27,10 +26,13 @@ from slim_core.savers.loaders import fused_leaves
 
 __all__ = ["Calibration", "Share", "TowerLoad", "input_of", "memory_shares"]
 
-# What the first forward of a block loads (kernels, thread stacks) and the heaps of the threads keep.
-_LIBRARIES = 48 << 20
-# Without a forward: the blocks of rows at work, and the pages of the file that they come from.
-_ROW_BLOCKS = 16 << 20
+# Code that is loaded when it first computes (4 MiB without a forward, 13 with one), kernels compiled for a shape, and
+# free places of the heap that what comes and goes touches: an aligned block of glibc never fits the place it left.
+_QUANTIZES, _RUNS = 17 << 20, 28 << 20
+# Of that, what exploring the structure of blocks has loaded ahead of the run; and the code of factorisations.
+_EXPLORED, _FACTORISES = 9 << 20, 4 << 20
+# The blocks of rows at work, and the pages of the file that they come from.
+_ROW_BLOCKS = 4 << 20
 # Kernels that the library compiles for half-precision products on the CPU and keeps (limits in slim_core.memory), if
 # every expert is given another number of tokens, and what of the heap lies between them: so much for samples of 256
 # tokens and more. The kernels alone took 36 MiB with experts of 768 x 384, 35 with 1024 x 512.
@@ -62,6 +64,7 @@ class Calibration:
     Args:
         hidden_bytes: what all samples keep while they wait between two blocks.
         tokens: of the largest forward.
+        explored: whether the structure of the blocks was explored ahead of the run.
         keeps_layers: whether the quantized layers of a block wait for a forward through them.
         trains: whether gradients flow through the block.
         runs_again: whether the block is run once more after processors have reshaped it.
@@ -76,6 +79,7 @@ class Calibration:
     runs_again: bool = True
     towers: TowerLoad = TowerLoad()
     waiting_bytes: int = 0
+    explored: bool = False
 
 
 @dataclass(frozen=True)
@@ -112,35 +116,21 @@ def memory_shares(
         experts: by unit, the experts that are in memory one at a time; none where whole blocks are.
         spills: whether samples that are not at work wait on disk.
     """
-    sizes = [info.in_features * info.out_features for unit in model.units for info in unit.linears]
-    codes = [
-        info.in_features * info.out_features
-        for unit in model.units
-        for info in unit.linears
-        if info.name in assignments
-    ]
-    largest, queue = max(codes, default=0), min(QUEUE_BYTES, sum(codes))
-    waiting = Share("what waits to be written", queue)
     if calibration is None:
-        working = max((_working(unit, processors, assignments) for unit in model.units), default=0)
-        itemsize = (model.dtype.itemsize if model.dtype else 4) + 1
-        return [
-            Share("the largest weight and its codes", itemsize * largest),
-            Share("the work on it", working + _ROW_BLOCKS, device=True),
-            waiting,
-        ]
+        phases = [_quantizing(unit, processors, assignments) for unit in model.units]
+        return [*max(phases, key=_total), Share("kernels, and what the heap keeps", _QUANTIZES)]
     blocks = model.running
     loaded = [unit_bytes(model, unit) - _absent(model, unit, experts.get(unit.name, ())) for unit in blocks]
     itemsize = model.dtype.itemsize if model.dtype else 4
-    phases: list[list[Share]] = [[]]
-    for unit in blocks:
+    factorises = any(Need.HESSIAN in needs for needs in requests.values())
+    kept = _RUNS - (_EXPLORED if calibration.explored else 0) + (_FACTORISES if factorises else 0)
+    what = "weights of all blocks" if runner.keeps_model else "weights of the largest block"
+    if experts:
+        what += " without its experts, and of one expert"
+    phases: list[list[Share]] = []
+    for unit, own in zip(blocks, loaded, strict=True):
         layers = experts.get(unit.name, ())
-        packed = itemsize * max(sizes, default=0)  # the product packs a weight
-        forward = _forward(unit, calibration, itemsize) + packed
-        work = _working(unit, processors, assignments, layers, copied=calibration.runs_again)
-        if calibration.trains:
-            work += forward
-        made = unit_bytes(model, unit) // 2 + 4 * largest if calibration.keeps_layers else 2 * largest
+        weights = Share(what, sum(loaded) if runner.keeps_model else own, device=True)
         observed = _observed(unit, requests)
         hessians = _observed(unit, {name: needs & {Need.HESSIAN} for name, needs in requests.items()})
         seen = [
@@ -149,26 +139,61 @@ def memory_shares(
         ]
         if unit.block is None:
             seen.append(Share(f"images on their way to {unit.name}", _images(calibration)))
-        running = [Share(f"activations inside {unit.name}", forward, host=False, device=True)]
-        quantizing = [
-            Share(f"the work of processors on {unit.name}", work, device=True),
-            Share(f"quantized layers of {unit.name}", made),
-        ]
-        phases.append(seen + max(running, quantizing, key=_total))
-    what = "weights of all blocks" if runner.keeps_model else "weights of the largest block"
-    if experts:
-        what += " without its experts, and of one expert"
-    resident = sum(loaded) if runner.keeps_model else max(loaded, default=0)
+        forward = _forward(unit, calibration, itemsize) + _observing(unit, calibration, requests, itemsize)
+        running = Share(f"activations inside {unit.name}", forward, host=False, device=True)
+        quantizing = _quantizing(unit, processors, assignments, layers, copied=calibration.runs_again)
+        if calibration.trains:
+            quantizing.append(running)
+        if calibration.keeps_layers:
+            made = unit_bytes(model, unit) // 2 + 2 * _largest(unit, assignments)
+            quantizing.append(Share(f"quantized layers of {unit.name}", made))
+        stays = runner.keeps_model or calibration.runs_again
+        left = weights if stays else Share(what, 0)
+        phases += [[weights, *seen, running], [left, *seen, *quantizing]]
     return [
-        Share(what, resident, device=True),
-        *max(phases, key=_total),
-        waiting,
+        *max(phases, key=_total, default=[]),
         Share("activations of the sample at work, before and after a block", calibration.waiting_bytes)
         if spills
         else Share("activations of all samples between two blocks", calibration.hidden_bytes),
-        Share("kernels, and what the heap keeps", _LIBRARIES),
+        Share("kernels, and what the heap keeps", kept),
         Share("kernels for the tokens that experts are given", _kernels(model, blocks, calibration), host=False),
     ]
+
+
+def _largest(unit: Unit, assignments: Mapping[str, Assignment]) -> int:
+    return max((i.in_features * i.out_features for i in unit.linears if i.name in assignments), default=0)
+
+
+def _quantizing(
+    unit: Unit,
+    processors: Iterable[Processor],
+    assignments: Mapping[str, Assignment],
+    layers: Sequence[ExpertLayer] = (),
+    *,
+    copied: bool = True,
+) -> list[Share]:
+    """The work of processors on a unit, and the codes beside it: those that wait to be written, and with methods that
+    work on a few rows at a time also those that they fill. Of these, two places of every size are used in turn."""
+    kept, turn = _working(unit, processors, assignments, layers, copied=copied)
+    codes = sorted(i.in_features * i.out_features for i in unit.linears if i.name in assignments)
+    places: dict[int, list[int]] = {}
+    for size in codes:
+        places.setdefault(size.bit_length(), []).append(size)
+    largest = max(codes, default=0)
+    waiting = min(max(QUEUE_BYTES, largest), 2 * largest, sum(codes))
+    filled = max(largest + min(waiting, sum(codes) - largest), sum(sum(sizes[-2:]) for sizes in places.values()))
+    if turn + waiting < filled + _ROW_BLOCKS:
+        turn, waiting = _ROW_BLOCKS, filled
+    return [
+        Share(f"the work of processors on {unit.name}", kept + turn, device=True),
+        Share(f"codes of {unit.name} at work and waiting to be written", waiting),
+    ]
+
+
+def _observing(unit: Unit, calibration: Calibration, requests: Mapping[str, frozenset[Need]], itemsize: int) -> int:
+    """What looking at an input takes: of tokens that are kept, their sizes and what is taken of them in float32."""
+    widths = [info.in_features for info in unit.linears if Need.TOKENS in requests.get(info.name, ())]
+    return calibration.tokens * max(widths, default=0) * (2 * itemsize + 4)
 
 
 def _kernels(model: StreamedModel, blocks: Sequence[Unit], calibration: Calibration) -> int:
@@ -197,7 +222,7 @@ def _working(
     layers: Sequence[ExpertLayer] = (),
     *,
     copied: bool = True,
-) -> int:
+) -> tuple[int, int]:
     """What processors need: those that reshape keep it until the unit is done, the others take turns.
 
     Args:
@@ -213,7 +238,7 @@ def _working(
             kept -= 0 if copied else processor.copied_bytes(present)
         else:
             turns.append(processor.working_bytes(unit.linears, assignments))
-    return kept + max(turns)
+    return kept, max(turns)
 
 
 def _observed(unit: Unit, requests: Mapping[str, frozenset[Need]]) -> int:

@@ -149,9 +149,7 @@ class UnitRun:
         if not bench.propagate_quantized and not observed.extra:
             observed.extra = [forwards.compute_extra(sample) for sample in range(forwards.extra)]
         live = bool(fresh or again) or keep or bench.propagate_quantized
-        if not (live or plan.runner.keeps_model):  # the block has run for the last time
-            bench.model.unload(unit.parameters)
-        give_back_freed_memory()
+        self._has_run(again=live)
         if works:
             work = self._work(observed, on_call, live=live)
             work.starved = experts.barely_routed() if experts is not None else frozenset()
@@ -179,6 +177,12 @@ class UnitRun:
         bench.result.block_forwards = forwards.count
         if not plan.runner.keeps_model:
             bench.model.unload([*unit.parameters, *unit.added])
+
+    def _has_run(self, *, again: bool) -> None:
+        """The block need not be in memory any more, unless it is run again; nor what came and went inside it."""
+        if not (again or self._bench.plan.runner.keeps_model):
+            self._bench.model.unload(self._unit.parameters)
+        give_back_freed_memory()
 
     @property
     def _layers_of_experts(self) -> Sequence[ExpertLayer]:

@@ -88,9 +88,8 @@ def _w4a8_parts(prefix: str, layer: DynamicInt) -> dict[str, Tensor]:
         parts |= {"weight_scale_second": layer.second_scale, "weight_offset_second": layer.weight_offset}
     splits = 16 if row_parallel(prefix) else 1
     step = rows_per_block(layer.weight.shape[1], layer.weight.device)
-    sums = [
-        by_groups(dequantize_groups(*rows), splits).sum(2)
-        for rows in zip(layer.weight.split(step), layer.scale.split(step), layer.weight_offset.split(step), strict=True)
-    ]
+    scale, offset = layer.scale, layer.weight_offset
+    some = [slice(start, start + step) for start in range(0, len(scale), step)]
+    sums = [by_groups(dequantize_groups(layer.weight[s], scale[s], offset[s]), splits).sum(2) for s in some]
     parts["scale_bias"] = 8 * torch.cat(sums)
     return parts

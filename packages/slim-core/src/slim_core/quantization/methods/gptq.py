@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from slim_core.logging import get_logger
-from slim_core.memory import KEPT_BY_THE_HEAP
 from slim_core.quantization.methods.gptq_factor import Factor, factor_of
 from slim_core.quantization.methods.ssz import ssz_weight
 from slim_core.quantization.row_blocks import decibels, energy, for_each_block, on_one_thread, rows_per_block
@@ -110,11 +109,11 @@ def gptq_bytes(rows: int, columns: int) -> int:
     """Memory that :func:`gptq_weight` takes for a weight of this shape, beside the weight and the Hessian.
 
     Either the Hessian in order and its factor (measured on one thread: 8.8 bytes per element at 2048 columns, 8.0 at
-    4096); or the factor, two copies of the weight and what is made good for. And what the heap keeps of either.
+    4096); or the factor, two copies of the weight and what is made good for.
     """
     factorising = 8 * columns * columns
     solving = 4 * columns * columns + 7 * rows * columns + 4 * rows * (_OUTER + 2) * GptqOptions.block_size
-    return max(factorising, solving) + KEPT_BY_THE_HEAP
+    return max(factorising, solving)
 
 
 def _columns(stored: Tensor, order: Tensor, name: str) -> Tensor:

@@ -132,7 +132,7 @@ class TokenSample:
         free = np.setdiff1d(np.arange(len(self._buffer)), places[~new])
         if (more := int(new.sum()) - len(free)) > 0:
             old = self._buffer if held else self._buffer.new_empty(0, width)
-            # Room for the next ones too: every larger buffer would be in memory beside the last, and the heap keep both.
+            # Room for the next ones too: a larger buffer is in memory beside the last, and the heap keeps both.
             more = -(-max(more, min(len(old), self.size - len(old))) // _SPARE_ROWS) * _SPARE_ROWS
             free = np.append(free, np.arange(len(old), len(old) + more))
             self._buffer = torch.cat([old, old.new_empty(more, width)])
