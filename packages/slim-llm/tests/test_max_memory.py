@@ -44,6 +44,7 @@ def linear(act: dict[str, Any], weight: dict[str, Any] = INT8, **names: Any) -> 
 SMOOTHED = [{"type": "iter_smooth"}, linear(STATIC | {"method": "histogram"})]
 WEIGHTED = [{"type": "iter_smooth"}, linear(TOKEN, INT8 | {"method": "ssz", "ext": {"weighted": True}})]
 GPTQ = [linear(TOKEN, INT8 | {"method": "gptq"}, exclude=["*.1.*.down_proj"])]
+STARVED = {"min_tokens_per_expert": 40, "route_starved_experts": True}
 ROTATED = [{"type": "quarot"}, linear(STATIC)]
 TRAINED = [{"type": "autoround_quant", "iters": 1, "strategies": [{"qconfig": {"act": TOKEN, "weight": INT8}}]}]
 
@@ -100,7 +101,7 @@ def resident(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         ("qwen3_moe_16", [linear(STATIC)], {}),
         ("qwen3_moe_16", SMOOTHED, {}),
         ("qwen3_moe_16", WEIGHTED, {}),
-        ("qwen3_moe_16", GPTQ, {"dataset": {"min_tokens_per_expert": 40, "route_starved_experts": True}}),
+        ("qwen3_moe_16", GPTQ, {"dataset": STARVED, "propagate": "quantized"}),
         ("qwen3_moe_16", [*SMOOTHED[:1], *GPTQ], {"propagate": "quantized"}),
         ("qwen3_moe_16", ROTATED, {}),
         ("gpt_oss_16", [linear(STATIC)], {}),  # biases; two linears interleaved in a transposed stack
@@ -180,7 +181,7 @@ def test_writes_the_same_with_activations_on_disk(
     process: list[dict[str, Any]],
     options: dict[str, Any],
 ) -> None:
-    monkeypatch.setattr("slim_core.runners.run.Spill", partial(Spill, at_least=1))
+    monkeypatch.setattr("slim_core.runners.beginning.Spill", partial(Spill, at_least=1))
     given = model_folder("llama")
     _, plan = carried_out(*asked(given, tmp_path / "whole", process, **options))
     assert not plan.memory.spills
@@ -222,7 +223,8 @@ def test_refused_before_anything_is_written(
 def test_hessians_that_do_not_fit_are_named_first(asked: Any, model_folder: ModelFolder, tmp_path: Path) -> None:
     """One for what gate and up read, one for what down reads, of every expert; those of a block at a time."""
     given = (model_folder("qwen3_moe_16"), tmp_path / "out", [linear(TOKEN, INT8 | {"method": "gptq"})])
-    plan = LlmService().plan(*asked(*given, max_memory="host=1KiB"))
+    options = {"propagate": "quantized"}  # weights are in memory beside them
+    plan = LlmService().plan(*asked(*given, max_memory="host=1KiB", **options))
     assert plan.memory.by_expert
     hessians = next(share for share in plan.memory.shares if share.what.startswith("Hessians"))
     attention = 2 * hessian_bytes(32)  # query, key and value; the output
@@ -232,7 +234,18 @@ def test_hessians_that_do_not_fit_are_named_first(asked: Any, model_folder: Mode
     sizes = plan.refusal.what.partition(": ")[2]
     assert sizes.index("kernels") < sizes.index("Hessians of the inputs of model.layers.0") < sizes.index("weights")
     enough = plan.refusal.remedy.split()[1].rstrip(",") if plan.refusal.remedy else ""
-    assert LlmService().plan(*asked(*given, max_memory=enough)).refusal is None
+    assert LlmService().plan(*asked(*given, max_memory=enough, **options)).refusal is None
+
+
+def test_weights_that_are_gone_before_the_most_is_taken_do_not_count(
+    asked: Any, model_folder: ModelFolder, tmp_path: Path
+) -> None:
+    """GPTQ takes more beside the Hessians than these small blocks, so that experts on call would be no help."""
+    given = (model_folder("qwen3_moe_16"), tmp_path / "out", GPTQ)
+    plan = LlmService().plan(*asked(*given, max_memory=just_too_little(*asked(*given))))
+    assert not plan.memory.by_expert
+    assert plan.memory.spills
+    assert next(share for share in plan.memory.shares if share.what.startswith("weights")).nbytes == 0
 
 
 def test_a_dry_run_shows_the_plan_and_the_refusal(

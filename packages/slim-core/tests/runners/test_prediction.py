@@ -154,10 +154,6 @@ def test_a_head_that_no_sample_runs_through_is_not_counted() -> None:
     assert shares[0] == shares[1]
 
 
-def test_what_exploring_has_loaded_is_not_loaded_again() -> None:
-    assert peak(Calibration(0)) - peak(Calibration(0, explored=True)) == 9 << 20
-
-
 def test_activations_and_layers_that_wait() -> None:
     assert peak(Calibration(5 << 20)) - peak(Calibration(0)) == 5 << 20
     assert peak(Calibration(0, keeps_layers=True)) > peak() + BLOCK // 2

@@ -260,7 +260,6 @@ def make_plan(
             *(activations, largest_forward(), keeps_layers, kept, runs_again),
             tower_load(spec.dataset),
             waiting_bytes(),
-            any(processor.uses_structure for processor in processors),
         )
     learning = [
         (stage, Calibration(-(-stage_bytes(stage.dataset) // runner.ranks), towers=tower_load(stage.dataset)))

@@ -29,9 +29,9 @@ __all__ = ["Calibration", "Share", "TowerLoad", "input_of", "memory_shares"]
 # Code that is loaded when it first computes (4 MiB without a forward, 13 with one), kernels compiled for a shape, and
 # free places of the heap that what comes and goes touches: an aligned block of glibc never fits the place it left.
 _QUANTIZES, _RUNS = 17 << 20, 28 << 20
-# Of that, what exploring the structure of blocks has loaded ahead of the run; and the code of factorisations.
-_EXPLORED, _FACTORISES = 9 << 20, 4 << 20
-# The blocks of rows at work, and the pages of the file that they come from.
+# The code of factorisations.
+_FACTORISES = 4 << 20
+# The blocks of rows at work, and the pages of the file that they come from, at most.
 _ROW_BLOCKS = 4 << 20
 # Kernels that the library compiles for half-precision products on the CPU and keeps (limits in slim_core.memory), if
 # every expert is given another number of tokens, and what of the heap lies between them: so much for samples of 256
@@ -64,7 +64,6 @@ class Calibration:
     Args:
         hidden_bytes: what all samples keep while they wait between two blocks.
         tokens: of the largest forward.
-        explored: whether the structure of the blocks was explored ahead of the run.
         keeps_layers: whether the quantized layers of a block wait for a forward through them.
         trains: whether gradients flow through the block.
         runs_again: whether the block is run once more after processors have reshaped it.
@@ -79,7 +78,6 @@ class Calibration:
     runs_again: bool = True
     towers: TowerLoad = TowerLoad()
     waiting_bytes: int = 0
-    explored: bool = False
 
 
 @dataclass(frozen=True)
@@ -123,11 +121,11 @@ def memory_shares(
     loaded = [unit_bytes(model, unit) - _absent(model, unit, experts.get(unit.name, ())) for unit in blocks]
     itemsize = model.dtype.itemsize if model.dtype else 4
     factorises = any(Need.HESSIAN in needs for needs in requests.values())
-    kept = _RUNS - (_EXPLORED if calibration.explored else 0) + (_FACTORISES if factorises else 0)
+    kept = _RUNS + (_FACTORISES if factorises else 0)
     what = "weights of all blocks" if runner.keeps_model else "weights of the largest block"
     if experts:
         what += " without its experts, and of one expert"
-    phases: list[list[Share]] = []
+    phases = list[list[Share]]()
     for unit, own in zip(blocks, loaded, strict=True):
         layers = experts.get(unit.name, ())
         weights = Share(what, sum(loaded) if runner.keeps_model else own, device=True)
@@ -151,7 +149,7 @@ def memory_shares(
         left = weights if stays else Share(what, 0)
         phases += [[weights, *seen, running], [left, *seen, *quantizing]]
     return [
-        *max(phases, key=_total, default=[]),
+        *max(phases, key=_total, default=list[Share]()),
         Share("activations of the sample at work, before and after a block", calibration.waiting_bytes)
         if spills
         else Share("activations of all samples between two blocks", calibration.hidden_bytes),
@@ -182,8 +180,9 @@ def _quantizing(
     largest = max(codes, default=0)
     waiting = min(max(QUEUE_BYTES, largest), 2 * largest, sum(codes))
     filled = max(largest + min(waiting, sum(codes) - largest), sum(sum(sizes[-2:]) for sizes in places.values()))
-    if turn + waiting < filled + _ROW_BLOCKS:
-        turn, waiting = _ROW_BLOCKS, filled
+    rows = min(_ROW_BLOCKS, 8 * largest)
+    if turn + waiting < filled + rows:
+        turn, waiting = rows, filled
     return [
         Share(f"the work of processors on {unit.name}", kept + turn, device=True),
         Share(f"codes of {unit.name} at work and waiting to be written", waiting),
