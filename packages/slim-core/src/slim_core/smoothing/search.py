@@ -17,6 +17,7 @@ from torch import Tensor
 
 from slim_core.errors import InvalidModelError
 from slim_core.quantization.affine import EPSILON
+from slim_core.quantization.row_blocks import scratch
 from slim_core.quantization.statistics.tokens import TokenSample
 from slim_core.quantization.weights import RowSource
 from slim_core.smoothing.scales import blocks_of, power_scale
@@ -162,11 +163,19 @@ class Objective:
         for start in range(0, len(columns), step):
             part = columns[start : start + step].to(tokens.device)
             scale = part.unsqueeze(1)
-            y = torch.bmm(self._act(tokens / scale, part), self._weight(rows * scale, part).mT)
+            act = self._act(_filled(torch.div, tokens, scale), part)
+            weight = self._weight(_filled(torch.mul, rows, scale), part)
+            y = torch.bmm(act, weight.mT)
+            del act, weight
             norm: Tensor = _linalg.vector_norm(y.sub_(self._exact).mul_(self._root), dim=(1, 2))
             found.append(norm)
         errors = torch.cat(found).double().cpu() / max(self._norm, torch.finfo(torch.float32).tiny)
         return [float(error) if math.isfinite(error) else math.inf for error in errors]
+
+
+def _filled(operation: Callable[..., Tensor], matrix: Tensor, scale: Tensor) -> Tensor:
+    """A matrix with each of several scales ``(candidates, 1, columns)``, float32."""
+    return operation(matrix, scale, out=scratch((len(scale), *matrix.shape), matrix.dtype, matrix.device))
 
 
 def working_bytes(width: int) -> int:
@@ -185,8 +194,9 @@ def symmetric_rows(bits: int) -> Quantizer:
     most = 2 ** (bits - 1) - 1
 
     def quantizer(rows: Tensor, columns: Tensor) -> Tensor:
-        scale = (rows.abs().amax(-1, keepdim=True) / most).clamp_(min=EPSILON)
-        return (rows / scale).round_().mul_(scale)
+        scratched = scratch(rows.shape, rows.dtype, rows.device)
+        scale = (torch.abs(rows, out=scratched).amax(-1, keepdim=True) / most).clamp_(min=EPSILON)
+        return torch.div(rows, scale, out=scratched).round_().mul_(scale)
 
     return quantizer
 
