@@ -112,7 +112,9 @@ def test_statistics_are_kept_once_for_an_input() -> None:
     assert asked(Need.TOKENS) == 4 * 512 * (3 * HIDDEN + INNER)
     looked_at = Calibration(0, tokens=4096)
     tokens = dict.fromkeys(names(), frozenset({Need.TOKENS}))
-    assert peak(looked_at, needs=tokens) - peak(looked_at) - asked(Need.TOKENS) == 4096 * INNER * (2 * 2 + 4)
+    assert peak(looked_at, needs=tokens) - peak(looked_at) - asked(Need.TOKENS) == INNER * (
+        4096 * (2 * 2 + 4) + 4 * 256
+    )
     assert asked(Need.RANGE) == 0
     other = peak(needs={"layers.0.self_attn.k_proj": frozenset({Need.HESSIAN})})
     assert other - peak(needs={}) == hessian_bytes(HIDDEN) + factorisations

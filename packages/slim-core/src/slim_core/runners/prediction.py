@@ -190,9 +190,10 @@ def _quantizing(
 
 
 def _observing(unit: Unit, calibration: Calibration, requests: Mapping[str, frozenset[Need]], itemsize: int) -> int:
-    """What looking at an input takes: of tokens that are kept, their sizes and what is taken of them in float32."""
+    """What looking at an input takes: of tokens that are kept, their sizes, what is taken of them in float32, and those
+    that were kept before, which the larger sample is beside."""
     widths = [info.in_features for info in unit.linears if Need.TOKENS in requests.get(info.name, ())]
-    return calibration.tokens * max(widths, default=0) * (2 * itemsize + 4)
+    return max(widths, default=0) * (calibration.tokens * (2 * itemsize + 4) + 4 * SAMPLED_TOKENS // 2)
 
 
 def _kernels(model: StreamedModel, blocks: Sequence[Unit], calibration: Calibration) -> int:
