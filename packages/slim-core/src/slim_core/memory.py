@@ -7,7 +7,6 @@ import mmap
 import os
 import resource
 import sys
-import threading
 import weakref
 from functools import cache
 from typing import Any
@@ -28,9 +27,9 @@ The C library (glibc) does not return such blocks at once. On a block with matri
 less and AutoRound 69 MiB less when it was told to; 48 MiB of that are not in what is predicted besides.
 """
 
-_SPARE_BYTES = 48 << 20
-_spares: list[mmap.mmap] = []
-_taking = threading.Lock()
+# By the logarithm of their size, mappings that nobody uses; of every size so many bytes, but two at least.
+_spares: dict[int, list[mmap.mmap]] = {}
+_SPARE_BYTES = 32 << 20
 
 
 def resident_memory() -> int:
@@ -63,18 +62,20 @@ def recycled(size: int) -> memoryview:
     For large blocks that come and go all the time: on the heap they would lie in one free place after the other, all of
     which stay in memory; and memory fresh from the system is slow.
     """
-    with _taking:
-        fits = [spare for spare in _spares if size <= len(spare) <= 2 * size]
-        mapping = min(fits, key=len, default=None)
-        if mapping is not None:
-            _spares.remove(mapping)
-        while sum(map(len, _spares)) > _SPARE_BYTES:
-            del _spares[0]
-    if mapping is None:
-        mapping = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    level = (size - 1).bit_length()
+    try:
+        mapping = _spares[level].pop()
+    except (KeyError, IndexError):
+        mapping = mmap.mmap(-1, 1 << level, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # takes no more than is used
     view = memoryview(mapping)[:size]
-    weakref.finalize(view, _spares.append, mapping).atexit = False
+    weakref.finalize(view, _keep, level, mapping).atexit = False
     return view
+
+
+def _keep(level: int, mapping: mmap.mmap) -> None:
+    spares = _spares.setdefault(level, [])
+    if len(spares) < max(2, _SPARE_BYTES >> level):
+        spares.append(mapping)
 
 
 def give_back_freed_memory() -> None:
