@@ -90,9 +90,7 @@ def prediction_recipe(folder: Path, method: str) -> Path:
 
 def compare_predictions(folder: Path, shapes: Sequence[str], methods: Sequence[str], rounds: int) -> None:
     """A table of what plans promised and what reports say. GPTQ of hundreds of experts takes too long."""
-    print(
-        "| shape | method | predicted | measured | predicted / measured |\n| --- | --- | --- | --- | --- |", flush=True
-    )
+    print("| shape | recipe | predicted | measured | ratio |\n| --- | --- | --- | --- | --- |", flush=True)
     ratios: list[float] = []
     for shape in shapes:
         model = folder / shape

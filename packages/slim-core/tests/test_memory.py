@@ -78,9 +78,10 @@ def test_what_is_kept_to_be_used_again_is_bounded() -> None:
     give_back_freed_memory()
     before = resident_memory()
     views = [recycled(8 << 20) for _ in range(10)]
-    for view in views:
-        view[:: 4 << 10] = bytes(len(range(0, 8 << 20, 4 << 10)))
-    del views, view
+    touched = bytes(len(range(0, 8 << 20, 4 << 10)))
+    for number in range(len(views)):
+        views[number][:: 4 << 10] = touched
+    views.clear()
     recycled(1 << 10)
     assert resident_memory() - before < 60 << 20
     give_back_freed_memory()

@@ -23,8 +23,8 @@ os.environ.setdefault("LRU_CACHE_CAPACITY", "64")
 KEPT_BY_THE_HEAP = 48 << 20
 """What a method that makes and drops many blocks of up to 32 MiB takes beyond those it needs at once.
 
-The C library (glibc) does not return such blocks at once. On a block with matrices of 1024 x 4096, GPTQ took 118 MiB
-less and AutoRound 69 MiB less when it was told to; 48 MiB of that are not in what is predicted besides.
+The C library (glibc) does not return such blocks at once. On a block with matrices of 1024 x 4096, AutoRound took
+69 MiB less when it was told to; 48 MiB of that are not in what is predicted besides.
 """
 
 # By the logarithm of their size, mappings that nobody uses; of every size so many bytes, but two at least.
