@@ -26,7 +26,7 @@ OTHER = {"prompt": "a red fox", "height": 32, "width": 32, "num_inference_steps"
 def test_blocks_that_are_finished_are_not_run_again(
     name: str, pipeline_folder: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whichever block the run dies in; some have a second list of blocks that begins with what all of the first made."""
+    """Whichever block the run dies in; some have a second list of blocks, which begins with what the first has made."""
     monkeypatch.setattr(write, "draw_plots", lambda _data: {})
     monkeypatch.setattr(boundaries, "_SHARE", float("inf"))
     model, settings = pipeline_folder(name), WAN if name.startswith("wan") else OTHER

@@ -34,18 +34,20 @@ class BackgroundJobs:
         for thread in self._threads:
             thread.start()
 
-    def submit(self, job: Job, nbytes: int = 0, *, barrier: bool = False) -> None:
-        """Add a job; waits while too many bytes are held. Dropped at once if a job has failed."""
+    def submit(self, job: Job, nbytes: int = 0, *, barrier: bool = False) -> int:
+        """Add a job, and return its number; waits while too many bytes are held. Dropped if a job has failed."""
         with self._state:
             self._state.wait_for(
                 lambda: self.error is not None or not self.held_bytes or self.held_bytes + nbytes <= self._limit
             )
+            number = self._submitted
             if self.error is not None:
-                return
+                return number
             self.held_bytes += nbytes
-            self._waiting.append((self._submitted, job, nbytes, barrier))
+            self._waiting.append((number, job, nbytes, barrier))
             self._submitted += 1
             self._state.notify_all()
+            return number
 
     def _work(self) -> None:
         while True:
@@ -68,6 +70,14 @@ class BackgroundJobs:
                 self._running.discard(number)
                 self.held_bytes -= nbytes
                 self._state.notify_all()
+
+    def await_job(self, number: int) -> None:
+        """Wait until a job and all before it are done, or one has failed."""
+        with self._state:
+            self._state.wait_for(lambda: self.error is not None or number < min(self._pending(), default=number + 1))
+
+    def _pending(self) -> list[int]:
+        return [*self._running, *(number for number, *_ in self._waiting)]
 
     def drain(self) -> None:
         """Wait until nothing waits or runs."""

@@ -199,12 +199,24 @@ class ShardedWriter:
             self._submit(lambda start=start, count=count: _copy_part(stored, start, count, fd, offset + start), 0)
         self._missing.remove(name)
 
-    def after_writing(self, action: Callable[[], None]) -> None:
+    def after_writing(self, action: Callable[[], None]) -> int:
         """Call ``action`` on a background thread once everything queued so far is in the file system.
 
         It is not called if a write has failed. What it raises surfaces like a failed write.
+
+        Returns:
+            A number for :meth:`wait_for`.
         """
-        self._submit(action, 0, barrier=True)
+        return self._submit(action, 0, barrier=True)
+
+    def wait_for(self, action: int) -> None:
+        """Wait until an action of :meth:`after_writing` is over.
+
+        Raises:
+            EnvError: a write failed.
+        """
+        self._jobs.await_job(action)
+        self._raise_failure()
 
     def _place(self, name: str) -> tuple[int, int, TensorMeta]:
         self._raise_failure()
@@ -213,11 +225,12 @@ class ShardedWriter:
             raise UnexpectedError(f"the tensor {state}", where=name)
         return self._places[name]
 
-    def _submit(self, job: Callable[[], None], nbytes: int, *, barrier: bool = False) -> None:
+    def _submit(self, job: Callable[[], None], nbytes: int, *, barrier: bool = False) -> int:
         if self._closed:
             raise UnexpectedError("the writer is closed", where=str(self._folder))
-        self._jobs.submit(job, nbytes, barrier=barrier)
+        number = self._jobs.submit(job, nbytes, barrier=barrier)
         self._raise_failure()
+        return number
 
     def _raise_failure(self) -> None:
         match self._jobs.error:
