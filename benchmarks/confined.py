@@ -4,8 +4,8 @@
 
 Once everything is imported, ``RLIMIT_DATA`` (heap and other writable memory of the process, resident or not) is set to
 what is in use plus a tenth of the checkpoint, and every allocation beyond it fails. That is more than a limit of
-resident memory takes away, except for pages of the mapped checkpoint, which the system may drop at any time. Memory that
-was freed counts as long as the C library keeps it for later; ``MALLOC_MMAP_THRESHOLD_`` makes it keep less of it here.
+resident memory takes away, except for pages of the mapped checkpoint, which the system may drop at any time. Memory
+that was freed counts as long as the C library keeps it for later; ``MALLOC_MMAP_THRESHOLD_`` makes it keep less here.
 """
 
 from __future__ import annotations
