@@ -19,10 +19,13 @@ from slim_sd.service import DiffusionService
 WEIGHT: dict[str, Any] = {"scope": "per_channel", "dtype": "int8", "symmetric": True, "method": "minmax"}
 STATIC: dict[str, Any] = {"scope": "per_tensor", "dtype": "int8", "symmetric": False, "method": "minmax"}
 WAN = {"prompt": "a red fox", "size": "64*64", "frame_num": 5, "sample_steps": 3}
+OTHERS = ("qwen_image", "sd3", "hunyuan_video")
 OTHER = {"prompt": "a red fox", "height": 32, "width": 32, "num_inference_steps": 2}
 
 
-@pytest.mark.parametrize("name", ["wan2_1_t2v", "flux", "qwen_image", "sd3", "hunyuan_video"])
+@pytest.mark.parametrize(
+    "name", ["wan2_1_t2v", "flux", *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)]
+)
 def test_blocks_that_are_finished_are_not_run_again(
     name: str, pipeline_folder: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

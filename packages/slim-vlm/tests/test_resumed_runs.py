@@ -12,8 +12,10 @@ from slim_core.evaluation.report import write
 from slim_core.runners import boundaries
 from slim_core.runners.ledger import Ledger
 
+OTHERS = ("qwen2_5_vl", "internvl", "gemma3", "mistral3")
 
-@pytest.mark.parametrize("family", ["qwen3_vl_moe", "qwen2_5_vl", "internvl", "gemma3", "mistral3"])
+
+@pytest.mark.parametrize("family", ["qwen3_vl_moe", *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)])
 def test_towers_and_blocks_that_are_finished_are_not_run_again(
     family: str,
     vlm_folder: Callable[..., Path],
