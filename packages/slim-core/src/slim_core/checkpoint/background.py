@@ -6,6 +6,8 @@ import threading
 from collections import deque
 from collections.abc import Callable
 
+from slim_core.phases import Busy
+
 __all__ = ["BackgroundJobs"]
 
 Job = Callable[[], None]
@@ -18,7 +20,8 @@ class BackgroundJobs:
         threads: how many jobs run at a time.
         limit: bytes that waiting and running jobs may hold together; a larger single job passes alone.
 
-    After a job has failed, ``error`` holds what it raised and the jobs behind it are dropped.
+    After a job has failed, ``error`` holds what it raised and the jobs behind it are dropped. ``busy`` knows for how
+    long any job was running.
     """
 
     def __init__(self, threads: int, limit: int) -> None:
@@ -29,6 +32,7 @@ class BackgroundJobs:
         self._submitted = 0
         self._stopping = False
         self.held_bytes = 0
+        self.busy = Busy()
         self.error: BaseException | None = None
         self._threads = [threading.Thread(target=self._work, name="slim-writer", daemon=True) for _ in range(threads)]
         for thread in self._threads:
@@ -60,7 +64,8 @@ class BackgroundJobs:
                 dropped = self.error is not None
             try:
                 if not dropped:
-                    job()
+                    with self.busy.within():
+                        job()
             except BaseException as error:  # noqa: BLE001 - whatever it is, it belongs to the thread that waits
                 self.error = self.error or error
             del job

@@ -10,7 +10,7 @@ from slim_core.errors import EnvError
 from slim_core.runners.plan import Plan
 from slim_core.sizes import human_size
 
-__all__ = ["DiskNeed", "disk_need", "disk_problem"]
+__all__ = ["DiskNeed", "disk_need", "disk_problem", "existing_part", "taken"]
 
 # Journal, report, description and index: some of each for every linear, and what does not depend on them.
 _NOTES_PER_LINEAR, _NOTES = 2 << 10, 1 << 20
@@ -57,11 +57,8 @@ def disk_problem(need: DiskNeed, save_path: Path, partial: Path) -> EnvError | N
         partial: the folder that an interrupted run has left; a new run removes it and a resumed one goes on with it,
             so what it takes counts as free.
     """
-    there = save_path.resolve()
-    while not there.exists():
-        there = there.parent
-    found = os.statvfs(there)
-    free = found.f_bavail * found.f_frsize + _taken(partial)
+    found = os.statvfs(existing_part(save_path))
+    free = found.f_bavail * found.f_frsize + taken(partial)
     if need.total <= free:
         return None
     waiting = f", {human_size(need.activations)} of it activations that wait on disk" if need.activations else ""
@@ -72,6 +69,14 @@ def disk_problem(need: DiskNeed, save_path: Path, partial: Path) -> EnvError | N
     )
 
 
-def _taken(folder: Path) -> int:
+def existing_part(path: Path) -> Path:
+    """The path, or the nearest folder above it that exists."""
+    there = path.resolve()
+    while not there.exists():
+        there = there.parent
+    return there
+
+
+def taken(folder: Path) -> int:
     """Bytes that the files of a folder take; parts of them that were never written take none."""
     return sum(path.lstat().st_blocks * _BLOCK for path in folder.rglob("*") if path.is_file())
