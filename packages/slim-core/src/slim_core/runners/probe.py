@@ -10,7 +10,7 @@ import logging
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -23,6 +23,7 @@ import torch
 
 from slim_core.checkpoint.reader import READING_AHEAD
 from slim_core.checkpoint.staging import Staging
+from slim_core.devices import free_host_memory
 from slim_core.model.structure import kind_of
 from slim_core.model.units import Unit
 from slim_core.phases import Phase, Profile
@@ -48,6 +49,8 @@ __all__ = ["ProbedSamples", "probe"]
 
 _PATIENCE = 10.0  # seconds
 _WRITTEN = 64 << 20
+# Linux begins to write what has waited for so long, or if more than this share of the free memory waits.
+_DIRTY_SECONDS, _KEPT_DIRTY = 30.0, 0.1
 _TRAINING = "training"
 Inputs = Sequence[Mapping[str, Any]]
 
@@ -109,15 +112,18 @@ def probe(
     parts: Counter[str] = Counter()
     for cost in costs:
         parts.update(cost.parts)
-    trained = any(processor.runs_block for processor in plan.processors)
-    return PlannedTime(
-        dict(parts),
-        sum(cost.reading for cost in costs),
-        plan.bytes_out * _seconds_to_write(folder) / _WRITTEN,
-        time.perf_counter() - began,
-        sum(cost.guessed for cost in costs) / (parts.total() or 1.0),
-        _TRAINING if trained else "",
-    )
+    guessed = sum(cost.guessed for cost in costs) / (parts.total() or 1.0)
+    writing = plan.bytes_out * _seconds_to_write(folder) / _WRITTEN
+    parts[Phase.WRITER] += writing * _share_left(plan.bytes_out, parts.total())
+    rough = _TRAINING if any(processor.runs_block for processor in plan.processors) else ""
+    reading = sum(cost.reading for cost in costs)
+    return PlannedTime(dict(parts), reading, writing, time.perf_counter() - began, guessed, rough)
+
+
+def _share_left(nbytes: int, seconds: float) -> float:
+    """What share of bytes written over so many seconds is not on disk at the end, so that the run waits for it."""
+    most = min(_KEPT_DIRTY * free_host_memory(), nbytes * _DIRTY_SECONDS / max(seconds, _DIRTY_SECONDS))
+    return min(1.0, most / max(nbytes, 1))
 
 
 @contextmanager
@@ -246,7 +252,8 @@ class _Probe:
         runner, samples = self._plan.runner, self._samples
         linears, guessed = self._of_linears(unit, records)
         at_work, waited = spent.get(Phase.QUANTIZING, 0.0), spent.get(Phase.WRITER, 0.0)
-        linears *= at_work / (at_work + waited or 1.0)  # seconds of a linear are with those in which the disk was full
+        own = at_work / (at_work + waited or 1.0)  # the seconds of a linear are with those spent waiting for the disk
+        linears, guessed = own * linears, own * guessed
         others = max(0.0, at_work + waited - sum(records.values())) if complete else 0.0
         cost = _Cost({Phase.QUANTIZING: (linears + others) / runner.ranks}, read, guessed / runner.ranks)
         if unit.stop is None or self._forwards is None:
@@ -274,16 +281,14 @@ class _Probe:
         """Seconds of all linears, and those of them that are guessed by how much work there is."""
         measured, done, missing = 0.0, 0, 0
         for groups in self._linears.kinds(unit):
-            made = [group for group in groups if all(info.name in records for info in group)]
-            if made:
-                measured += len(groups) * mean(sum(records[info.name] for info in group) for group in made)
+            complete = [group for group in groups if all(info.name in records for info in group)]
+            begun = [made for group in groups if (made := [info for info in group if info.name in records])]
+            at_work = sum(map(self._linears.work, begun))
+            done += at_work
+            if complete:
+                measured += len(groups) * mean(sum(records[info.name] for info in group) for group in complete)
             else:
-                missing += sum(map(self._linears.work, groups))
-            done += sum(map(self._linears.work, _begun(groups, records)))
+                measured += sum(records[info.name] for group in begun for info in group)
+                missing += sum(map(self._linears.work, groups)) - at_work
         guessed = missing * sum(records.values()) / done if done else 0.0
         return measured + guessed, guessed
-
-
-def _begun(groups: Iterable[Sequence[Any]], records: Mapping[str, float]) -> list[list[Any]]:
-    """What was made of each group."""
-    return [made for group in groups if (made := [info for info in group if info.name in records])]
