@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 from slim_core.phases import Busy
 
@@ -19,15 +20,19 @@ class BackgroundJobs:
     Args:
         threads: how many jobs run at a time.
         limit: bytes that waiting and running jobs may hold together; a larger single job passes alone.
+        waiting: makes a context to be in while a call waits for the jobs.
 
     After a job has failed, ``error`` holds what it raised and the jobs behind it are dropped. ``busy`` knows for how
     long any job was running.
     """
 
-    def __init__(self, threads: int, limit: int) -> None:
+    def __init__(
+        self, threads: int, limit: int, waiting: Callable[[], AbstractContextManager[object]] = nullcontext
+    ) -> None:
         self._limit = limit
+        self._waiting = waiting
         self._state = threading.Condition()
-        self._waiting: deque[tuple[int, Job, int, bool]] = deque()
+        self._queue: deque[tuple[int, Job, int, bool]] = deque()
         self._running: set[int] = set()
         self._submitted = 0
         self._stopping = False
@@ -41,23 +46,26 @@ class BackgroundJobs:
     def submit(self, job: Job, nbytes: int = 0, *, barrier: bool = False) -> None:
         """Add a job; waits while too many bytes are held. Dropped at once if a job has failed."""
         with self._state:
-            self._state.wait_for(
-                lambda: self.error is not None or not self.held_bytes or self.held_bytes + nbytes <= self._limit
-            )
+            if not self._has_room(nbytes):
+                with self._waiting():
+                    self._state.wait_for(lambda: self._has_room(nbytes))
             if self.error is not None:
                 return
             self.held_bytes += nbytes
-            self._waiting.append((self._submitted, job, nbytes, barrier))
+            self._queue.append((self._submitted, job, nbytes, barrier))
             self._submitted += 1
             self._state.notify_all()
+
+    def _has_room(self, nbytes: int) -> bool:
+        return self.error is not None or not self.held_bytes or self.held_bytes + nbytes <= self._limit
 
     def _work(self) -> None:
         while True:
             with self._state:
-                self._state.wait_for(lambda: self._waiting or self._stopping)
-                if not self._waiting:
+                self._state.wait_for(lambda: self._queue or self._stopping)
+                if not self._queue:
                     return
-                number, job, nbytes, barrier = self._waiting.popleft()
+                number, job, nbytes, barrier = self._queue.popleft()
                 self._running.add(number)
                 if barrier:
                     self._state.wait_for(lambda own=number: min(self._running) == own)
@@ -76,8 +84,8 @@ class BackgroundJobs:
 
     def drain(self) -> None:
         """Wait until nothing waits or runs."""
-        with self._state:
-            self._state.wait_for(lambda: not self._waiting and not self._running)
+        with self._waiting(), self._state:
+            self._state.wait_for(lambda: not self._queue and not self._running)
 
     def stop(self) -> None:
         """Finish what waits and end the threads."""

@@ -119,7 +119,7 @@ class ShardedWriter:
                 raise self._disk_error(error) from error
             raise
         self._missing = (set(self._places) if own is None else set(own)) - done
-        self._jobs = BackgroundJobs(_THREADS, QUEUE_BYTES)
+        self._jobs = BackgroundJobs(_THREADS, QUEUE_BYTES, waiting)
 
     def _open(self, shard: Shard, resumed: bool) -> None:
         path = self._folder / shard.file_name
@@ -219,8 +219,7 @@ class ShardedWriter:
     def _submit(self, job: Callable[[], None], nbytes: int, *, barrier: bool = False) -> None:
         if self._closed:
             raise UnexpectedError("the writer is closed", where=str(self._folder))
-        with self._waiting():
-            self._jobs.submit(job, nbytes, barrier=barrier)
+        self._jobs.submit(job, nbytes, barrier=barrier)
         self._raise_failure()
 
     def _raise_failure(self) -> None:
@@ -245,8 +244,7 @@ class ShardedWriter:
         Raises:
             EnvError: a write failed.
         """
-        with self._waiting():
-            self._jobs.drain()
+        self._jobs.drain()
         self._raise_failure()
 
     def finish(self, on_file: Callable[[], None] = lambda: None) -> None:

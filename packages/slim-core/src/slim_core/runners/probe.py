@@ -114,7 +114,7 @@ def probe(
         parts.update(cost.parts)
     guessed = sum(cost.guessed for cost in costs) / (parts.total() or 1.0)
     writing = plan.bytes_out * _seconds_to_write(folder) / _WRITTEN
-    parts[Phase.WRITER] += writing * _share_left(plan.bytes_out, parts.total())
+    parts.update({Phase.WRITER: writing * _share_left(plan.bytes_out, parts.total())})
     rough = _TRAINING if any(processor.runs_block for processor in plan.processors) else ""
     reading = sum(cost.reading for cost in costs)
     return PlannedTime(dict(parts), reading, writing, time.perf_counter() - began, guessed, rough)
