@@ -72,6 +72,8 @@ def begin(
     quota = plan.experts.quota
     last_extra = running.index(quota.units[-1]) if quota is not None and quota.extra.count else -1
     witness = _witness(model, example)
+    if not ranks.broadcast(witness is not None, 0, "the decision to keep activations"):
+        witness = None
     inputs = calibration()
     kept = None
     if finished and witness is not None:

@@ -217,6 +217,8 @@ class Boundaries:
         known = all(stop in self._kept for stop in needed if stop != self._stop)
         keeps = not self._off and known and (spared or self._stop < self.always)
         self._keeping = self.ranks.broadcast(keeps, 0, "the decision on activations") and not self._off
+        if self._keeping and self.ranks.first:
+            self._tidy()
         if self._keeping:
             self._last = 0.0
             self._kept[self._stop] = needed

@@ -184,6 +184,11 @@ class BlockForwards:
         """How many samples, and how many extra ones, have started; several may share a forward."""
         return self._carried.given, self._carried.given_extra
 
+    @property
+    def on_disk(self) -> int:
+        """Bytes of activations that wait on disk."""
+        return 0 if self._spill is None else self._spill.nbytes
+
     def present(self, stream: int = 0) -> list[int]:
         """The samples that are run by the current block or tower, and have not been handed on in a stream."""
         return [sample for sample in range(self.samples) if self._is_here(self._index(sample, stream))]

@@ -13,7 +13,7 @@ from slim_core.runners.prediction import input_of
 if TYPE_CHECKING:
     from slim_core.runners.plan import Plan
 
-__all__ = ["Division", "Part", "chosen", "part_numbers", "part_of", "shares"]
+__all__ = ["Division", "Part", "chosen", "part_numbers", "part_of", "shares", "work_of"]
 
 _T = TypeVar("_T")
 
@@ -104,6 +104,10 @@ class Division:
     def owns(self, unit: str, name: str) -> bool:
         return self.owner(unit, name) == self.rank
 
+    def makes(self, unit: str, name: str) -> bool:
+        """Whether this rank makes a quantized linear of a unit that it works on."""
+        return self.by_units or self.owns(unit, name)
+
     def written_by(self, rank: int) -> list[str]:
         """The names of the tensors that a rank writes."""
         return [
@@ -120,11 +124,11 @@ def _owners(unit: Unit, plan: Plan, ranks: int) -> dict[str, int]:
         if (assigned := plan.assignments.get(info.name)) is not None:
             alike = input_of(info) if Need.HESSIAN in assigned.needs else info.name
             groups.setdefault(alike, []).append(info)
-    owners = shares([_work(group, plan.assignments) for group in groups.values()], ranks)
+    owners = shares([work_of(group, plan.assignments) for group in groups.values()], ranks)
     return {info.name: owner for group, owner in zip(groups.values(), owners, strict=True) for info in group}
 
 
-def _work(group: Iterable[LinearInfo], assignments: dict[str, Assignment]) -> int:
+def work_of(group: Iterable[LinearInfo], assignments: dict[str, Assignment]) -> int:
     """What quantizing takes, in products of numbers: every weight once, or against its whole row and a factor."""
     cost = width = 0
     for info in group:
