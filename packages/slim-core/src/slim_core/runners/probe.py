@@ -24,6 +24,7 @@ import torch
 from slim_core.checkpoint.reader import READING_AHEAD
 from slim_core.checkpoint.staging import Staging
 from slim_core.devices import free_host_memory
+from slim_core.model.expert_weights import loaded
 from slim_core.model.structure import kind_of
 from slim_core.model.units import Unit
 from slim_core.phases import Phase, Profile
@@ -234,6 +235,11 @@ class _Probe:
             if unit.stop is not None and self._forwards is not None:
                 stops = [self._kinds[i] for i, one in enumerate(self._model.units) if one.stop is not None]
                 self._forwards.turn_to(unit, self._kinds[position], stops)
+                if unit.stop == 0:
+                    device, by_expert = self._plan.devices.first, self._plan.memory.by_expert
+                    with loaded(self._model, unit, device, by_expert=by_expert):
+                        self._forwards.warm_up(unit)
+                    before = profile.spent()
                 run.calibrated(self._forwards)
             else:
                 run.without_data()

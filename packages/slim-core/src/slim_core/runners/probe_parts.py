@@ -147,14 +147,22 @@ class SampledForwards(BlockForwards):
         for index in range(len(self._carried)):
             while (call := self._forward.call(index)).block < unit.stop:
                 self._forward.resume(index, self._outputs[kinds[call.block]][index])
-        self._kind = kind
+        self._kind, self._starting = kind, 0.0
+        self._forget()
+
+    def _forget(self) -> None:
         self._spent, self._passes = [0.0] * self.samples, [0] * self.samples
-        self._starting = 0.0
+
+    def warm_up(self, unit: Unit) -> None:
+        """Run a unit once, which is loaded, for what libraries make ready at the first forward of a process."""
+        self.reach(unit)
+        self._on_host(0)
+        self._forget()
 
     def _all_started(self) -> None:
         began = time.perf_counter()
         super()._all_started()
-        self._starting = time.perf_counter() - began
+        self._starting += time.perf_counter() - began
 
     def _on_host(self, index: int) -> Any:
         began = time.perf_counter()
