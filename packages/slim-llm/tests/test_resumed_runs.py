@@ -187,3 +187,16 @@ def test_another_number_of_ranks_goes_on_from_them(
     result = static(tmp_path / "out", device=after, resume=True)
     assert content(tmp_path / "out") == content(tmp_path / "whole")
     assert 3 * result.block_forwards == whole.block_forwards
+
+
+def test_ranks_that_run_all_samples_go_on_from_what_the_first_has_kept(
+    rank_cases: ModuleType, model_folder: ModelFolder, dataset: Path, content: Any, tmp_path: Path, no_plots: None
+) -> None:
+    family, spec = rank_cases.CASES["autoround"]
+    model, out = model_folder(family), tmp_path / "out"
+    whole = rank_cases.run(model, tmp_path / "whole", dataset, spec)
+    with ending_at("model.layers.2"):
+        rank_cases.run(model, out, dataset, spec, "cpu:0,1")
+    result = rank_cases.run(model, out, dataset, spec, resume=True)
+    assert content(out) == content(tmp_path / "whole")
+    assert result.block_forwards < whole.block_forwards

@@ -51,6 +51,8 @@ def begin(
     ranks: Ranks,
     tokens: Sequence[int],
     example: Example | None,
+    *,
+    keeps: bool = True,
 ) -> Begun:
     """Open the forwards of a run that needs data.
 
@@ -64,6 +66,7 @@ def begin(
         ranks: who runs them.
         tokens: of every forward.
         example: gives the inputs of a short sample.
+        keeps: whether what samples need to go on is kept here; where all ranks run all samples, one of them does.
     """
     running = [unit.name for unit in model.running]
     due = next((at for at, name in enumerate(running) if name not in finished), None)
@@ -89,7 +92,7 @@ def begin(
             forwards = own.enter_context(
                 BlockForwards(model, mine, plan.devices.first, plan.streams, extra, spill, ranks.tick, witness)
             )
-            if forwards.witness is not None:
+            if forwards.witness is not None and keeps:
                 keys = keys_of(numbers, plan.streams, len(extra), first=ranks.first)
                 towers, needed = len(model.towers), forwards.witness.needed
                 forwards.boundaries = Boundaries(folder, keys, ranks, running, finished, towers, needed)

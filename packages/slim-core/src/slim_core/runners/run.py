@@ -120,6 +120,7 @@ def run_plan(
                 begun = begin(
                     *(stack, plan, model, staging.folder, staging.finished, calibration, extra_calibration),
                     *(sharing, tokens(None) if sharing.size > 1 else (), example),
+                    keeps=ranks.first or not division.by_units,
                 )
                 bench.forwards, bench.begins = begun.forwards, begun.stop
             before = time.process_time()
