@@ -25,6 +25,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
@@ -111,19 +112,21 @@ def run(folder: Path, recipe: Path, out: Path, device: str, arm: Callable[[], No
 
 
 def journal(out: Path) -> list[str]:
-    """The whole lines that the journal of an unfinished run has."""
-    try:
-        lines = (out.parent / f".{out.name}.slim-partial" / "journal.jsonl").read_text().splitlines(keepends=True)
-    except FileNotFoundError:
-        return []
-    return [line for line in lines if line.endswith("\n")]
+    """The whole lines that the journal of an unfinished run has; while the output is put in place it lies beside it."""
+    for path in (out.parent / f".{out.name}.slim-partial" / "journal.jsonl", out.parent / f".{out.name}.slim-journal"):
+        with suppress(FileNotFoundError):
+            return [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    return []
 
 
 def begun(out: Path) -> bool:
     """Whether a run is at work: a fresh one has a journal; a resumed one has it anyway, so the lock is looked at."""
     if not journal(out):
         return False
-    folder = os.open(out.parent / f".{out.name}.slim-partial", os.O_RDONLY)
+    try:
+        folder = os.open(out.parent / f".{out.name}.slim-partial", os.O_RDONLY)
+    except FileNotFoundError:
+        return True  # it has just become the output
     try:
         fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -256,6 +259,7 @@ def kill(folder: Path, name: str, recipe: Path, kills: int, device: str, chance:
                 sys.exit(f"{name}: the files of a resumed run DIFFER")
             finished += 1
             shutil.rmtree(out)
+            (out.parent / f".{out.name}.slim-journal").unlink(missing_ok=True)  # a kill behind the last rename
             if over:
                 break
     left = [path.name for path in folder.iterdir() if path.name.startswith(".out")]
