@@ -180,7 +180,7 @@ def test_writes_the_same_with_activations_on_disk(
     process: list[dict[str, Any]],
     options: dict[str, Any],
 ) -> None:
-    monkeypatch.setattr("slim_core.runners.run.Spill", partial(Spill, at_least=1))
+    monkeypatch.setattr("slim_core.runners.beginning.Spill", partial(Spill, at_least=1))
     given = model_folder("llama")
     _, plan = carried_out(*asked(given, tmp_path / "whole", process, **options))
     assert not plan.memory.spills
