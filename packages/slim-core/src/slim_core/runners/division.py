@@ -13,7 +13,7 @@ from slim_core.runners.prediction import input_of
 if TYPE_CHECKING:
     from slim_core.runners.plan import Plan
 
-__all__ = ["Division", "Part", "chosen", "part_numbers", "part_of", "shares", "work_of"]
+__all__ = ["Division", "Part", "chosen", "part_numbers", "part_of", "shares"]
 
 _T = TypeVar("_T")
 
@@ -124,11 +124,11 @@ def _owners(unit: Unit, plan: Plan, ranks: int) -> dict[str, int]:
         if (assigned := plan.assignments.get(info.name)) is not None:
             alike = input_of(info) if Need.HESSIAN in assigned.needs else info.name
             groups.setdefault(alike, []).append(info)
-    owners = shares([work_of(group, plan.assignments) for group in groups.values()], ranks)
+    owners = shares([_work(group, plan.assignments) for group in groups.values()], ranks)
     return {info.name: owner for group, owner in zip(groups.values(), owners, strict=True) for info in group}
 
 
-def work_of(group: Iterable[LinearInfo], assignments: dict[str, Assignment]) -> int:
+def _work(group: Iterable[LinearInfo], assignments: dict[str, Assignment]) -> int:
     """What quantizing takes, in products of numbers: every weight once, or against its whole row and a factor."""
     cost = width = 0
     for info in group:

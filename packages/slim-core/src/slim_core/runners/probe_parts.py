@@ -15,10 +15,11 @@ from slim_core.checkpoint.header import StoredTensor
 from slim_core.checkpoint.writer import ShardedWriter
 from slim_core.model.streamed import StreamedModel
 from slim_core.model.units import LinearInfo, Unit
+from slim_core.quantization.statistics import Need
 from slim_core.quantization.statistics.inputs import SAMPLED_TOKENS
 from slim_core.ranks.group import Ranks
 from slim_core.runners.calibration import BlockForwards
-from slim_core.runners.division import Division, work_of
+from slim_core.runners.division import Division
 from slim_core.runners.plan import Plan
 from slim_core.runners.prediction import input_of
 from slim_core.runners.records import RunResult
@@ -27,7 +28,7 @@ from slim_core.runners.spill import Spill
 __all__ = ["OutOfTimeError", "Patience", "SampledForwards", "SampledLinears", "nameless_writer", "typical"]
 
 _ALIKE = 4  # so many of equal groups of linears, such as those of experts, are made: some are worked on side by side
-_FEWEST, _MOST = 2, 8  # samples
+_FEWEST, _MOST = 3, 8  # samples
 
 
 class OutOfTimeError(Exception):
@@ -89,7 +90,11 @@ class SampledLinears(Division):
         return info.out_features, info.in_features, assigned.kind, assigned.position
 
     def work(self, group: Sequence[LinearInfo]) -> int:
-        return work_of(group, self._plan.assignments)
+        """Products of numbers that a group takes, or nearly: each weight once, or against its row of a Hessian."""
+        solved = {info.name for info in group if Need.HESSIAN in self._plan.assignments[info.name].needs}
+        return sum(
+            info.out_features * info.in_features * (info.in_features if info.name in solved else 1) for info in group
+        )
 
     def makes(self, unit: str, name: str) -> bool:
         if unit not in self._chosen:
