@@ -31,9 +31,11 @@ _logger = get_logger(__name__)
 
 @dataclass(frozen=True)
 class Begun:
-    """Args:
-    forwards: the samples; None if no unit that is left needs any.
-    stop: the block or tower at which they are; units ahead of it are not even loaded.
+    """The samples of a run.
+
+    Args:
+        forwards: None if no unit that is left needs any.
+        stop: the block or tower at which they are; units ahead of it are not even loaded.
     """
 
     forwards: BlockForwards | None = None
@@ -75,7 +77,7 @@ def begin(
     quota = plan.experts.quota
     last_extra = running.index(quota.units[-1]) if quota is not None and quota.extra.count else -1
     witness = _witness(model, example)
-    if not ranks.broadcast(witness is not None, 0, "the decision to keep activations"):
+    if not all(ranks.gather(witness is not None, "the decision to keep activations")):
         witness = None
     inputs = calibration()
     kept = None

@@ -277,6 +277,8 @@ class BlockForwards:
         """Nobody needs the extra samples any more."""
         for sample in range(self.extra):
             self._forward.abandon(self.samples * self._streams + sample)
+            if self.boundaries is not None:
+                self.boundaries.forget(self.samples * self._streams + sample)
         self.extra = 0
 
     def _resume(self, index: int, output: Any) -> None:
