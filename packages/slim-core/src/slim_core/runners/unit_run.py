@@ -26,12 +26,14 @@ from slim_core.quantization.statistics import Hessian, InputObserver, InputStati
 from slim_core.quantization.statistics.attention import AttentionStatistics
 from slim_core.ranks.group import ALONE, Ranks
 from slim_core.runners.attention_run import attention_record, attention_work, ranges_for, statistics_for, taps_of
-from slim_core.runners.calibration import BlockForwards, KeptBlock, simulated, simulating_taps
+from slim_core.runners.calibration import BlockForwards
 from slim_core.runners.division import Division, shares
 from slim_core.runners.expert_tokens import ExpertTokens
+from slim_core.runners.kept_block import KeptBlock
 from slim_core.runners.plan import Plan
 from slim_core.runners.records import LinearRecord, RunResult
 from slim_core.runners.reduction import reduced_attentions, reduced_inputs
+from slim_core.runners.simulated import simulated, simulating_taps
 from slim_core.savers.base import PlannedTensor
 
 __all__ = ["Bench", "UnitRun"]
