@@ -1,7 +1,7 @@
 """Mixtures of experts: the time of 128 small experts, and what ``--max_memory`` does to the memory of a block.
 
     python benchmarks/experts.py /tmp/scratch --time dynamic w8a8 w4a8 [--rounds 3]
-    python benchmarks/experts.py /tmp/scratch --memory w8a8 w4a8 [--budget 384MiB]
+    python benchmarks/experts.py /tmp/scratch --memory w8a8 w4a8 [--budget 320MiB]
 
 ``--time`` holds blocks of experts against dense blocks with as many parameters, over the same samples, run after run in
 turn. ``--memory`` holds peaks against what the plan says of them, without a budget and with one.
@@ -82,7 +82,7 @@ if __name__ == "__main__":
     parser.add_argument("--time", nargs="+", choices=RECIPES, default=[], metavar="RECIPE", help=known)
     parser.add_argument("--memory", nargs="+", choices=RECIPES, default=[], metavar="RECIPE")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--budget", default="384MiB")
+    parser.add_argument("--budget", default="320MiB")
     arguments = parser.parse_args()
     arguments.folder.mkdir(parents=True, exist_ok=True)
     for each in arguments.time:

@@ -2,17 +2,19 @@
 
     OMP_NUM_THREADS=1 python benchmarks/kills.py [--kills 100] [--seed 0] [--ranks 1]
 
-A small random Qwen3 of twelve layers is quantized by each recipe in turn, by the command. A process that has its imports
-behind it forks one for every run. A run dies by SIGKILL after a random time, half-way through a random write to a
-weight file, or right ahead of or behind a random rename; the next one resumes it, and may die as well. Every run that
-gets to its end is compared with one that nobody disturbed, byte by byte but for the report, which tells of time.
-Printed are where the runs died, how many units were done at that moment, and how many of those the journal did not
-know of yet and had to be done again; the one at work comes on top. ``--ranks 2`` kills the first of two ranks.
+A small random Qwen3 of twelve layers is quantized by each recipe in turn, by the command. A process that has its
+imports behind it forks one for every run. A run dies by SIGKILL at a random time after it has begun to write, half-way
+through a random write to a weight file, or right ahead of or behind a random rename; the next one resumes it, and may
+die as well. Every run that gets to its end is compared with one that nobody disturbed, byte by byte but for the report,
+which tells of time and has no plots here. Printed
+are where the runs died, and how many units were done at that moment that the journal did not know of yet, so that they
+had to be done again; the one at work comes on top. ``--ranks 2`` kills the first of two ranks.
 """
 
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
 import os
 import random
@@ -23,7 +25,9 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -78,12 +82,14 @@ def run(folder: Path, recipe: Path, out: Path, device: str, arm: Callable[[], No
         return child
     status = 70
     try:
+        from slim_core.evaluation.report import write as write_module
         from slim_core.runners.ledger import Ledger
 
+        write_module.draw_plots = lambda _data: {}
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, 1)
+        os.dup2(null, 2)
         if told is not None:
-            os.dup2(null, 2)
             log = os.open(told, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
             note = Ledger.note
 
@@ -106,12 +112,28 @@ def run(folder: Path, recipe: Path, out: Path, device: str, arm: Callable[[], No
 
 
 def journal(out: Path) -> list[str]:
-    """The whole lines that the journal of an unfinished run has."""
+    """The whole lines that the journal of an unfinished run has; while the output is put in place it lies beside it."""
+    for path in (out.parent / f".{out.name}.slim-partial" / "journal.jsonl", out.parent / f".{out.name}.slim-journal"):
+        with suppress(FileNotFoundError):
+            return [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    return []
+
+
+def begun(out: Path) -> bool:
+    """Whether a run is at work: a fresh one has a journal; a resumed one has it anyway, so the lock is looked at."""
+    if not journal(out):
+        return False
     try:
-        lines = (out.parent / f".{out.name}.slim-partial" / "journal.jsonl").read_text().splitlines(keepends=True)
+        folder = os.open(out.parent / f".{out.name}.slim-partial", os.O_RDONLY)
     except FileNotFoundError:
-        return []
-    return [line for line in lines if line.endswith("\n")]
+        return True  # it has just become the output
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(folder)
+    return False
 
 
 def die() -> None:
@@ -159,7 +181,7 @@ def wait(process: int) -> int:
 
 
 def counted(folder: Path, recipe: Path, device: str) -> tuple[dict[str, bytes], float, int, int]:
-    """What an undisturbed run writes, how long it takes, and how often it writes and renames."""
+    """What an undisturbed run writes, how long that takes, and how often it writes and renames."""
     told = folder / "counts"
 
     def counting() -> None:
@@ -180,8 +202,11 @@ def counted(folder: Path, recipe: Path, device: str) -> tuple[dict[str, bytes], 
     assert wait(run(folder, recipe, out, device, counting, None)) == 0
     writes, renames = json.loads(told.read_text())
     shutil.rmtree(out)
+    process = run(folder, recipe, out, device, lambda: None, None)
+    while not journal(out):
+        time.sleep(0.001)
     began = time.monotonic()
-    assert wait(run(folder, recipe, out, device, lambda: None, None)) == 0
+    assert wait(process) == 0
     seconds = time.monotonic() - began
     wanted = files(out)
     shutil.rmtree(out)
@@ -209,8 +234,10 @@ def kill(folder: Path, name: str, recipe: Path, kills: int, device: str, chance:
         over = account.kills >= kills
         process = run(folder, recipe, out, device, (lambda: None) if over else arm, told)
         if not over:
-            killer_ends = time.monotonic() + after
-            while (ended := os.waitpid(process, os.WNOHANG)) == (0, 0) and time.monotonic() < killer_ends:
+            ends = None if place == "at some time" else time.monotonic() + after
+            while (ended := os.waitpid(process, os.WNOHANG)) == (0, 0) and (ends is None or time.monotonic() < ends):
+                if ends is None and begun(out):
+                    ends = time.monotonic() + after
                 time.sleep(0.001)
             status = os.waitstatus_to_exitcode(ended[1]) if ended != (0, 0) else None
             if status is None:
@@ -232,6 +259,7 @@ def kill(folder: Path, name: str, recipe: Path, kills: int, device: str, chance:
                 sys.exit(f"{name}: the files of a resumed run DIFFER")
             finished += 1
             shutil.rmtree(out)
+            (out.parent / f".{out.name}.slim-journal").unlink(missing_ok=True)  # a kill behind the last rename
             if over:
                 break
     left = [path.name for path in folder.iterdir() if path.name.startswith(".out")]
@@ -261,14 +289,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
             os._exit(0)
         assert wait(child) == 0
         recipes = {name: Path(path) for name, path in json.loads((folder / "recipes.json").read_text()).items()}
-        import matplotlib.backends.backend_svg
-        import slim_llm.__main__
-        import slim_llm.quantize  # noqa: F401
+        for module in ("matplotlib.backends.backend_svg", "slim_llm.__main__", "slim_llm.quantize"):
+            import_module(module)
 
         share = -(-given.kills // len(recipes))
         accounts = [kill(folder, name, recipe, share, device, chance) for name, recipe in recipes.items()]
     redone = sum((account.redone for account in accounts), Counter[int]())
-    print(f"{sum(account.kills for account in accounts)} kills; finished units done again: {dict(sorted(redone.items()))}")
+    print(
+        f"{sum(account.kills for account in accounts)} kills; finished units done again: {dict(sorted(redone.items()))}"
+    )
 
 
 if __name__ == "__main__":

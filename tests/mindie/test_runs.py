@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from typer.testing import Result
 
 from slim_core.processors.linear_quant import LinearQuant
-from slim_core.runners.calibration import simulated
+from slim_core.runners.simulated import simulated
 from slim_core.savers import mindie_format
 from slim_core.savers.mindie_folder import MindieFolder
 

@@ -45,7 +45,7 @@ def test_version_names_every_installed_package(slim) -> None:
     "option",
     [
         *("model_path", "save_path", "device", "model_type", "config_path", "quant_type", "trust_remote_code", "tag"),
-        *("dry_run", "overwrite", "resume", "yes", "debug"),
+        *("dry_run", "probe", "overwrite", "resume", "yes", "debug"),
     ],
 )
 def test_quant_help_has_every_option_in_both_spellings(slim, option: str) -> None:

@@ -111,6 +111,7 @@ FAMILIES |= {
     ),
     # So many experts that a few samples do not reach all of them.
     "qwen3_moe_16": ("Qwen3MoeConfig", FOUR | {"num_experts": 16, "mlp_only_layers": [1]}),
+    "qwen3_moe_16_first": ("Qwen3MoeConfig", FOUR | {"num_experts": 16, "mlp_only_layers": [1, 2]}),
     "gpt_oss_16": ("GptOssConfig", {"num_local_experts": 16, "num_experts_per_tok": 2, "sliding_window": 8}),
     "llama4_16": ("Llama4TextConfig", {"num_local_experts": 16, "num_experts_per_tok": 1, "intermediate_size_mlp": 40}),
     "jetmoe": ("JetMoeConfig", {"num_local_experts": 4, "num_experts_per_tok": 2, "kv_channels": 8}),
@@ -208,18 +209,6 @@ def drafts() -> ModuleType:
 def no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
     """Reports without pictures: drawing takes longer than all the rest of a small run."""
     monkeypatch.setattr("slim_core.evaluation.report.write.draw_plots", lambda _data: {})
-
-
-@pytest.fixture(scope="session")
-def content() -> Callable[..., dict[str, bytes]]:
-    """``content(folder, *skipped)``: all files of an output but those that tell of time, and those named."""
-
-    def read(folder: Path, *skipped: str) -> dict[str, bytes]:
-        skipped = (*skipped, "report.json", "report.html")
-        paths = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name not in skipped)
-        return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
-
-    return read
 
 
 @pytest.fixture

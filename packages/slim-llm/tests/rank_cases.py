@@ -51,7 +51,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "starved experts": ("qwen3_moe_16", {"process": [linear()]}),
     "extra samples": (
         "qwen3_moe_16",
-        {"process": [linear()], "dataset": {"num_samples": 3, "min_tokens_per_expert": 40}},
+        {"process": [linear()], "dataset": {"num_samples": 3, "min_tokens_per_expert": 40, "extra_share": 9}},
     ),
     "routed tokens": (
         "qwen3_moe_16",

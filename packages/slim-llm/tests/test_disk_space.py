@@ -13,7 +13,8 @@ from slim_core.checkpoint.staging import partial_folder
 from slim_core.commands import quantize as quantize_command
 from slim_core.errors import EnvError
 from slim_core.processors.linear_quant import LinearQuant
-from slim_core.runners.disk import DiskNeed, disk_problem
+from slim_core.runners import boundaries
+from slim_core.runners.disk import DiskNeed, disk_problem, has_room_to_keep
 from slim_core.service import QuantRequest
 
 ModelFolder = Any
@@ -45,6 +46,21 @@ def test_what_an_interrupted_run_has_written_counts(
     free(monkeypatch, 1000)
     assert disk_problem(DiskNeed(taken, 600, 400), tmp_path / "out", partial) is None
     assert disk_problem(DiskNeed(taken, 600, 401), tmp_path / "out", partial) is not None
+
+
+def test_what_is_kept_for_resuming_is_no_condition(
+    model_folder: ModelFolder, quantize: Quantize, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    need = DiskNeed(1000, 100, 10, kept=500)
+    for nbytes, runs, keeps in ((1109, False, False), (1110, True, False), (1609, True, False), (1610, True, True)):
+        free(monkeypatch, nbytes)
+        assert (disk_problem(need, tmp_path / "out", tmp_path / "no") is None) == runs
+        assert has_room_to_keep(need, tmp_path / "out", tmp_path / "no") == keeps
+    free(monkeypatch, 1000)
+    begun: list[Any] = []
+    monkeypatch.setattr(boundaries.Boundaries, "decide", begun.append)
+    quantize(model_folder("llama"), tmp_path / "out", "static", force=True)
+    assert begun == []
 
 
 def test_a_dry_run_says_it(

@@ -15,11 +15,13 @@ from typing import Any
 import pytest
 
 ModelFolder = Callable[..., Path]
-OF_THREE = ("gptq, quantized outputs handed on", "extra samples", "autoround", "flex_smooth_quant of experts")
+OF_SEVERAL = ("gptq, quantized outputs handed on", "extra samples", "autoround", "flex_smooth_quant of experts")
 
 
 @pytest.mark.parametrize(
-    ("ranks", "names"), [(2, None), pytest.param(3, OF_THREE, marks=pytest.mark.slow)], ids=["two ranks", "three ranks"]
+    ("ranks", "names"),
+    [(2, None), *(pytest.param(ranks, OF_SEVERAL, marks=pytest.mark.slow) for ranks in (3, 4))],
+    ids=["two ranks", "three ranks", "four ranks"],
 )
 def test_ranks_write_what_one_process_writes(
     ranks: int,

@@ -58,7 +58,7 @@ def undisturbed(
     return tmp_path / "undisturbed"
 
 
-@pytest.mark.parametrize("ranks_afterwards", [1, 3])
+@pytest.mark.parametrize("ranks_afterwards", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_a_rank_that_dies(
     undisturbed: Path,
     sabotage: Sabotage,

@@ -99,14 +99,14 @@ def resident(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     ("family", "process", "options"),
     [
         ("qwen3_moe_16", [linear(STATIC)], {}),
-        ("qwen3_moe_16", SMOOTHED, {}),
-        ("qwen3_moe_16", WEIGHTED, {}),
+        pytest.param("qwen3_moe_16", SMOOTHED, {}, marks=pytest.mark.slow),
+        pytest.param("qwen3_moe_16", WEIGHTED, {}, marks=pytest.mark.slow),
         ("qwen3_moe_16", GPTQ, {"dataset": STARVED, "propagate": "quantized"}),
         ("qwen3_moe_16", [*SMOOTHED[:1], *GPTQ], {"propagate": "quantized"}),
-        ("qwen3_moe_16", ROTATED, {}),
+        pytest.param("qwen3_moe_16", ROTATED, {}, marks=pytest.mark.slow),
         ("gpt_oss_16", [linear(STATIC)], {}),  # biases; two linears interleaved in a transposed stack
         ("gpt_oss_16", [linear(STATIC, exclude=["*.2.*_proj"])], {"propagate": "quantized"}),
-        ("llama4_16", SMOOTHED, {}),  # all tokens are given to every expert
+        pytest.param("llama4_16", SMOOTHED, {}, marks=pytest.mark.slow),  # all tokens are given to every expert
         ("mixtral", WEIGHTED, {}),
         ("deepseek_v3", SMOOTHED, {}),  # shared experts, which stay with their block
         ("jetmoe", [linear(STATIC)], {}),  # experts that are single linears, in attentions too

@@ -109,13 +109,16 @@ def test_it_runs_on_its_family_and_reads_back(path: Path, models: dict[str, Path
     assert result.ok, result.problems
 
 
-@pytest.mark.parametrize("quant_type", KINDS)
+@pytest.mark.parametrize(
+    "quant_type",
+    [pytest.param(kind, marks=() if kind in ("w8a8", "w4a4", "w4a8c8") else pytest.mark.slow) for kind in KINDS],
+)
 def test_what_it_costs_the_shipped_model(quant_type: str, tmp_path: Path) -> None:
     recipe = ROOT / "lab_practice" / "qwen3" / f"qwen3-{quant_type}.yaml"
     assert 0.99 < cost(ROOT / "examples" / "tiny-qwen3", recipe, tmp_path) <= RATIOS[quant_type]
 
 
-@pytest.mark.parametrize(("quant_type", "most"), [("w8a8", 1.005), ("w4a8", 1.03)])
+@pytest.mark.parametrize(("quant_type", "most"), [("w8a8", 1.005), pytest.param("w4a8", 1.03, marks=pytest.mark.slow)])
 def test_what_it_costs_the_shipped_mixture_of_experts(quant_type: str, most: float, tmp_path: Path) -> None:
     recipe = ROOT / "lab_practice" / "qwen3_moe" / f"qwen3-moe-{quant_type}.yaml"
     assert 0.99 < cost(ROOT / "examples" / "tiny-qwen3-moe", recipe, tmp_path) <= most

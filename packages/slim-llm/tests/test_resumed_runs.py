@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Generator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -20,32 +20,21 @@ from slim_core.runners.run import RunResult
 
 ModelFolder = Callable[..., Path]
 Runs = Callable[..., RunResult]
+Interrupted = Callable[[Path], Path]
+Ending = Callable[[str], AbstractContextManager[None]]
 
 
-@pytest.fixture(autouse=True)
-def kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Activations are kept at every boundary, whatever that costs."""
-    monkeypatch.setattr(boundaries, "_SHARE", float("inf"))
-
-
-@contextmanager
-def ending_at(unit: str) -> Generator[None]:
-    """A run that dies when a unit is done and not noted yet."""
-    note = Ledger.note
-
-    def failing(self: Ledger, name: str, given: Any) -> None:
-        if name == unit:
-            raise KeyboardInterrupt
-        note(self, name, given)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Ledger, "note", failing)
-        with pytest.raises(KeyboardInterrupt):
-            yield
+pytestmark = pytest.mark.usefixtures("all_kept")
 
 
 def test_finished_blocks_are_not_run_again_whatever_the_processors(
-    rank_cases: ModuleType, model_folder: ModelFolder, dataset: Path, content: Any, tmp_path: Path, no_plots: None
+    rank_cases: ModuleType,
+    model_folder: ModelFolder,
+    dataset: Path,
+    content: Any,
+    ending_at: Ending,
+    tmp_path: Path,
+    no_plots: None,
 ) -> None:
     for name, (family, spec) in rank_cases.CASES.items():
         model, whole, out = model_folder(family), tmp_path / name / "whole", tmp_path / name / "out"
@@ -71,11 +60,16 @@ def static(rank_cases: ModuleType, model_folder: ModelFolder, dataset: Path, no_
     return run
 
 
-def interrupted(static: Runs, out: Path) -> Path:
-    """A run that died in its last block; its folder."""
-    with ending_at("model.layers.2"):
-        static(out)
-    return out.parent / f".{out.name}.slim-partial" / FOLDER
+@pytest.fixture
+def interrupted(static: Runs, ending_at: Ending) -> Interrupted:
+    """``interrupted(save_path)``: a run that died in its last block; the folder of what it has kept."""
+
+    def run(out: Path) -> Path:
+        with ending_at("model.layers.2"):
+            static(out)
+        return out.parent / f".{out.name}.slim-partial" / FOLDER
+
+    return run
 
 
 def test_no_more_is_kept_than_a_unit_needs(static: Runs, content: Any, tmp_path: Path) -> None:
@@ -95,7 +89,9 @@ def test_no_more_is_kept_than_a_unit_needs(static: Runs, content: Any, tmp_path:
     assert not (tmp_path / "out" / FOLDER).exists()
 
 
-def test_a_run_whose_blocks_are_all_finished_runs_none(static: Runs, content: Any, tmp_path: Path) -> None:
+def test_a_run_whose_blocks_are_all_finished_runs_none(
+    static: Runs, ending_at: Ending, content: Any, tmp_path: Path
+) -> None:
     whole = static(tmp_path / "whole")
     with ending_at("epilogue"):
         static(tmp_path / "out")
@@ -116,9 +112,17 @@ def change(folder: Path) -> None:
     safetensors.torch.save_file({name: torch.zeros_like(tensor) for name, tensor in tensors.items()}, path)
 
 
+def flip(folder: Path) -> None:
+    path = next(folder.glob("1/2.0.safetensors"))
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
 DAMAGES: Mapping[str, Callable[[Path], None]] = {
     "a file is cut off": truncate,
     "numbers are others": change,
+    "a bit is another": flip,
     "a file is gone": lambda folder: next(folder.glob("1/0.0.safetensors")).unlink(),
     "a note is cut off": lambda folder: (folder / "1" / "rank-0-of-1.json").write_text('{"needed": [1'),
     "a note is something else": lambda folder: (folder / "1" / "rank-0-of-1.json").write_text("[]"),
@@ -127,10 +131,10 @@ DAMAGES: Mapping[str, Callable[[Path], None]] = {
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_what_is_damaged_is_not_used(
-    static: Runs, content: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: str
+    static: Runs, interrupted: Interrupted, content: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: str
 ) -> None:
     whole = static(tmp_path / "whole")
-    DAMAGES[damage](interrupted(static, tmp_path / "out"))
+    DAMAGES[damage](interrupted(tmp_path / "out"))
     result = static(tmp_path / "out", resume=True)
     assert content(tmp_path / "out") == content(tmp_path / "whole")
     assert result.block_forwards >= 2 * whole.block_forwards // 3
@@ -138,39 +142,41 @@ def test_what_is_damaged_is_not_used(
         assert "finished blocks are run once more, since their activations are of no use" in caplog.text
 
 
-def test_an_older_boundary_is_taken_where_the_last_is_gone(static: Runs, content: Any, tmp_path: Path) -> None:
+def test_an_older_boundary_is_taken_where_the_last_is_gone(
+    static: Runs, interrupted: Interrupted, content: Any, tmp_path: Path
+) -> None:
     whole = static(tmp_path / "whole")
-    shutil.rmtree(interrupted(static, tmp_path / "out") / "1")
+    shutil.rmtree(interrupted(tmp_path / "out") / "1")
     result = static(tmp_path / "out", resume=True)
     assert content(tmp_path / "out") == content(tmp_path / "whole")
     assert result.block_forwards == 2 * whole.block_forwards // 3
 
 
 def test_a_disk_without_room_for_them_does_not_end_the_run(
-    static: Runs, content: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    static: Runs, interrupted: Interrupted, content: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = static(tmp_path / "whole")
-    save, calls = boundaries._save, iter(range(1000))
+    save, calls = boundaries._write, iter(range(1000))
 
     def full(path: Path, tensors: Any) -> None:
         if next(calls) > 3:
             raise OSError(28, "No space left on device", str(path))
         save(path, tensors)
 
-    monkeypatch.setattr(boundaries, "_save", full)
-    folder = interrupted(static, tmp_path / "out")
+    monkeypatch.setattr(boundaries, "_write", full)
+    folder = interrupted(tmp_path / "out")
     assert list(folder.iterdir()) == []
-    monkeypatch.setattr(boundaries, "_save", save)
+    monkeypatch.setattr(boundaries, "_write", save)
     assert static(tmp_path / "out", resume=True).block_forwards > whole.block_forwards // 3
     assert content(tmp_path / "out") == content(tmp_path / "whole")
 
 
 def test_they_are_kept_less_often_if_they_cost_too_much(
-    static: Runs, content: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    static: Runs, interrupted: Interrupted, content: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     static(tmp_path / "whole")
     monkeypatch.setattr(boundaries, "_SHARE", 0.0)
-    folder = interrupted(static, tmp_path / "out")
+    folder = interrupted(tmp_path / "out")
     assert [path.name for path in folder.iterdir()] == ["0"]  # what it costs is not known before the first
     static(tmp_path / "out", resume=True)
     assert content(tmp_path / "out") == content(tmp_path / "whole")
@@ -178,7 +184,7 @@ def test_they_are_kept_less_often_if_they_cost_too_much(
 
 @pytest.mark.parametrize(("before", "after"), [("cpu:0,1", "cpu"), ("cpu", "cpu:0,1")])
 def test_another_number_of_ranks_goes_on_from_them(
-    static: Runs, content: Any, tmp_path: Path, before: str, after: str
+    static: Runs, ending_at: Ending, content: Any, tmp_path: Path, before: str, after: str
 ) -> None:
     """The first rank decides what is kept, and only it is patched here."""
     whole = static(tmp_path / "whole")
@@ -187,3 +193,43 @@ def test_another_number_of_ranks_goes_on_from_them(
     result = static(tmp_path / "out", device=after, resume=True)
     assert content(tmp_path / "out") == content(tmp_path / "whole")
     assert 3 * result.block_forwards == whole.block_forwards
+
+
+def test_ranks_that_run_all_samples_go_on_from_what_the_first_has_kept(
+    rank_cases: ModuleType,
+    model_folder: ModelFolder,
+    dataset: Path,
+    content: Any,
+    ending_at: Ending,
+    tmp_path: Path,
+    no_plots: None,
+) -> None:
+    family, spec = rank_cases.CASES["autoround"]
+    model, out = model_folder(family), tmp_path / "out"
+    rank_cases.run(model, tmp_path / "whole", dataset, spec)
+    with ending_at("model.layers.2"):
+        rank_cases.run(model, out, dataset, spec, "cpu:0,1")
+    assert {path.name for path in out.parent.glob(f".out.slim-partial/{FOLDER}/*/*.json")} == {"rank-0-of-1.json"}
+    rank_cases.run(model, out, dataset, spec, resume=True)
+    assert content(out) == content(tmp_path / "whole")
+
+
+def test_extra_samples_that_nobody_needs_any_more_do_not_stand_in_the_way(
+    rank_cases: ModuleType,
+    model_folder: ModelFolder,
+    dataset: Path,
+    content: Any,
+    ending_at: Ending,
+    tmp_path: Path,
+    no_plots: None,
+) -> None:
+    """They are let go after the last block of experts; the one behind it is dense."""
+    _, spec = rank_cases.CASES["extra samples"]
+    model, out = model_folder("qwen3_moe_16_first"), tmp_path / "out"
+    whole = rank_cases.run(model, tmp_path / "whole", dataset, spec)
+    assert whole.extra_samples
+    with ending_at("model.layers.2"):
+        rank_cases.run(model, out, dataset, spec)
+    result = rank_cases.run(model, out, dataset, spec, resume=True)
+    assert result.block_forwards == whole.samples
+    assert content(out) == content(tmp_path / "whole")

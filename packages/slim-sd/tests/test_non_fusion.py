@@ -17,9 +17,10 @@ from slim_core.model.skeleton import parameters_on_meta
 from slim_core.model.streamed import StreamedModel
 from slim_core.progress import SilentProgress
 from slim_core.recipe import recipe_from_dict
-from slim_core.runners.calibration import BlockForwards, simulated
+from slim_core.runners.calibration import BlockForwards
 from slim_core.runners.plan import make_plan
 from slim_core.runners.run import run_plan
+from slim_core.runners.simulated import simulated
 from slim_core.savers.mindie_folder import MindieFolder
 from slim_sd.wan.names import original_name
 

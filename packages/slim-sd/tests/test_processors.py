@@ -13,8 +13,8 @@ import torch
 
 from slim_core.progress import SilentProgress
 from slim_core.recipe import recipe_from_dict
-from slim_core.runners.calibration import simulated
 from slim_core.runners.plan import Plan
+from slim_core.runners.simulated import simulated
 from slim_core.savers.mindie_folder import open_quantized
 from slim_core.service import QuantRequest
 from slim_sd.captured.recorder import forward_parameters

@@ -330,7 +330,7 @@ def test_activations_wait_on_disk(
     held: list[int] = []
     hold = Spill.hold
     monkeypatch.setattr(Spill, "hold", lambda self, value, **given: held.append(1) or hold(self, value, **given))
-    monkeypatch.setattr("slim_core.runners.run.Spill", lambda folder: Spill(folder, at_least=1))
+    monkeypatch.setattr("slim_core.runners.beginning.Spill", lambda folder: Spill(folder, at_least=1))
     run(model, tmp_path / "two", settings, dump_data_dir=kept)
     assert held
     first, second = weights(tmp_path / "one"), weights(tmp_path / "two")

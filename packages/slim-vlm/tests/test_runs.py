@@ -186,8 +186,9 @@ def test_the_tower_runs_once_for_every_sample_and_ahead_of_the_text(
     for cls, name in ((qwen.Qwen3VLMoeVisionModel, "tower"), (qwen.Qwen3VLMoeTextDecoderLayer, "block")):
         monkeypatch.setattr(cls, "forward", _counted(cls.forward, name, calls))
     result = quantize(vlm_folder("qwen3_vl_moe"), tmp_path / "out", process=[rules["static"], rules["experts"]])
-    # The first is the picture that shows which towers there are; it ends ahead of the first block.
-    assert calls == ["tower"] + ["tower"] * 3 + ["block"] * 4 * 3
+    # The first is the picture that shows which towers there are; it ends ahead of the first block. Another one runs
+    # along with the samples, up to the last block.
+    assert calls == ["tower"] + ["tower"] * (1 + 3) + ["block"] * (4 * 3 + 3)
     assert (result.samples, result.block_forwards) == (3, 15)
     assert [unit.name for unit in result.units] == [
         *("prologue", "model.visual"),

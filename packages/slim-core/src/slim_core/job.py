@@ -12,7 +12,7 @@ from pydantic import BaseModel
 
 from slim_core.checkpoint.staging import check_target, partial_folder
 from slim_core.devices import Devices, resolve_devices
-from slim_core.errors import UnsupportedError
+from slim_core.errors import SlimError, UnsupportedError
 from slim_core.evaluation.report import write_report
 from slim_core.fingerprint import fingerprint
 from slim_core.logging import get_logger
@@ -23,10 +23,12 @@ from slim_core.ranks.launch import Again, started_ranks
 from slim_core.ranks.world import World, world_of_environment
 from slim_core.recipe import Recipe, SpecV1, dump_recipe, recipe_from_dict
 from slim_core.recipe.schema import DatasetConfig
-from slim_core.runners.disk import disk_need, disk_problem
+from slim_core.runners.disk import disk_need, disk_problem, has_room_to_keep
 from slim_core.runners.plan import Plan, make_plan
 from slim_core.runners.plan_experts import ExtraSamples
+from slim_core.runners.plan_time import PlannedTime
 from slim_core.runners.prediction import TowerLoad
+from slim_core.runners.probe import ProbedSamples, probe
 from slim_core.runners.run import RunResult, run_plan
 from slim_core.savers.side_files import write_text
 from slim_core.service import QuantRequest
@@ -67,6 +69,10 @@ class Samples(Protocol):
 
     def tower_load(self, dataset: DatasetConfig) -> TowerLoad:
         """What runs through the towers of the model."""
+        ...
+
+    def at_hand(self, dataset: DatasetConfig) -> bool:
+        """Whether they can be had at once, without running a model to make them."""
         ...
 
     def identity(self, dataset: DatasetConfig, *, extra: bool = False) -> Any:
@@ -166,7 +172,28 @@ class Job:
                 plan.warnings.insert(0, f"{count} calibration samples for {ranks} ranks: {ranks - count} run none")
         if self.remarks is not None:
             plan.warnings[:0] = self.remarks(plan)
+        if self.request.probe and not self.world.rank and plan.refusal is None:
+            plan.time = self._probed(plan)
         return plan
+
+    def _probed(self, plan: Plan) -> PlannedTime:
+        """How long the run will take, tried out."""
+        datasets = [self.spec.dataset] * plan.needs_data + [stage.dataset for stage in plan.stages]
+        if not all(map(self.samples.at_hand, datasets)):
+            return PlannedTime(unknown="its calibration inputs were not captured yet")
+        tokens = [self.samples.tokens(dataset) for dataset in datasets]
+        quota = plan.experts.quota
+        extra = self.samples.extra_tokens(self.spec.dataset) if quota is not None and quota.extra.count else ()
+        samples = ProbedSamples(
+            lambda: self.samples.inputs(datasets[0]),
+            tokens[0] if tokens else (),
+            sum(count for _, count in extra),
+            [sum(stage) for stage in tokens[plan.needs_data :]],
+        )
+        try:
+            return probe(plan, self.request.save_path, samples, quantized=self.spec.propagate == "quantized")
+        except (SlimError, OSError) as error:
+            return PlannedTime(unknown=f"the probe failed: {error}")
 
     def _activation_bytes(self, dataset: DatasetConfig) -> int:
         return sum(self.samples.tokens(dataset)) * self.samples.token_bytes
@@ -256,8 +283,13 @@ class Job:
             finish=finish,
             ranks=ranks,
             tokens=lambda dataset: self.samples.tokens(dataset or self.spec.dataset),
-            example=lambda: self.samples.example(),
+            example=(lambda: self.samples.example()) if self._keeps() else None,
         )
+
+    def _keeps(self) -> bool:
+        """Whether activations are kept for ``--resume``."""
+        target = self.request.save_path
+        return has_room_to_keep(disk_need(self.plan), target, partial_folder(target))
 
 
 def arguments_of(request: QuantRequest, recipe: Recipe) -> dict[str, Any]:

@@ -58,6 +58,9 @@ class QuantRequest(BaseModel):
     tag: list[str] = Field(default_factory=list, description="Scenario tags a practice must carry, e.g. vLLM_Ascend")
     trust_remote_code: bool = Field(False, description="Run Python code that ships with the model: True or False")
     dry_run: bool = Field(False, description="Print the plan and stop; writes nothing")
+    probe: bool = Field(
+        False, description="Try the work for about ten seconds, and say in the plan how long it will take"
+    )
     overwrite: bool = Field(False, description="Replace a non-empty save_path once the new output is complete")
     force: bool = Field(False, description="Only warn if no engine can load the result, or the disk seems too small")
     max_memory: str | None = Field(None, description="Memory the run may take, e.g. host=8GiB,device=20GiB")

@@ -11,7 +11,7 @@ from torch import Tensor
 from slim_core.quantization.affine import quantize_per_token
 from slim_core.quantization.kinds import LayerKind
 from slim_core.quantization.layers import DynamicInt, ScaledInput, SimulatedLinear
-from slim_core.runners.calibration import layer_to
+from slim_core.runners.simulated import layer_to
 
 GENERATOR = torch.Generator().manual_seed(0)
 CODES = torch.randint(-127, 128, (5, 16), generator=GENERATOR, dtype=torch.int8)

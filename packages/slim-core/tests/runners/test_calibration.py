@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from slim_core.runners.calibration import KeptBlock, hidden_states
+from slim_core.runners.kept_block import KeptBlock, hidden_states
 
 CPU = torch.device("cpu")
 

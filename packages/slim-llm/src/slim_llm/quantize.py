@@ -68,6 +68,9 @@ class TextSamples:
     def tower_load(self, dataset: DatasetConfig) -> TowerLoad:
         return TowerLoad()
 
+    def at_hand(self, dataset: DatasetConfig) -> bool:
+        return True
+
     def identity(self, dataset: DatasetConfig, *, extra: bool = False) -> Any:
         return [inputs["input_ids"].tolist() for inputs in self._inputs(dataset, extra=extra)]
 

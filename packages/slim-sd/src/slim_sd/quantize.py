@@ -120,6 +120,7 @@ class DiffusionRun:
             )
         check_target(request.save_path, request.model_path, request.overwrite, KEPT_FILES)
         shown = self.plan()
+        times = dict(zip(self._names, (plan.time for plan in (shown, *shown.others)), strict=True))
         on_plan(shown)
         for plan in (shown, *shown.others):
             if plan.refusal is not None:
@@ -135,8 +136,11 @@ class DiffusionRun:
                 begun = (staging.folder / f".{name}.slim-partial").exists()
                 inner = request.model_copy(
                     update={"save_path": staging.folder / name, "resume": request.resume and begun, "overwrite": True}
+                    | {"probe": False}
                 )
-                results.append(self._job(component, inner).run(progress))
+                job = self._job(component, inner)
+                job.plan.time = times[component]
+                results.append(job.run(progress))
                 staging.record(name)
             self._calibration.keep(staging.folder)
             staging.commit()

@@ -91,6 +91,9 @@ class CapturedSamples:
     def tower_load(self, dataset: DatasetConfig) -> TowerLoad:
         return TowerLoad()
 
+    def at_hand(self, dataset: DatasetConfig) -> bool:
+        return self._calibration.is_there(self._component)
+
     def identity(self, dataset: DatasetConfig, *, extra: bool = False) -> Any:
         return [] if extra else self._records().identity
 

@@ -19,7 +19,7 @@ from slim_core.evaluation.report.data import finite
 from slim_core.model.streamed import StreamedModel
 from slim_core.progress import Progress
 from slim_core.recipe import Recipe, load_recipe, recipe_from_dict
-from slim_core.runners.calibration import simulated, simulating_taps
+from slim_core.runners.simulated import simulated, simulating_taps
 from slim_core.savers.mindie_folder import open_quantized
 from slim_core.savers.quantized_folder import QuantizedFolder
 from slim_core.service import EvalRequest

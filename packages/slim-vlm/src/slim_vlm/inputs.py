@@ -128,6 +128,9 @@ class ImageSamples:
         counts = self._count(dataset)
         return [(1, counts[number]) for number in self._extra(dataset)]
 
+    def at_hand(self, dataset: DatasetConfig) -> bool:
+        return True
+
     def identity(self, dataset: DatasetConfig, *, extra: bool = False) -> Any:
         samples = self._all(dataset)[0]
         chosen = [samples[number] for number in self._extra(dataset)] if extra else self._main(dataset)

@@ -12,6 +12,7 @@ import threading
 import warnings
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any, cast
@@ -22,13 +23,18 @@ from torch import Tensor
 from slim_core.checkpoint.header import StoredTensor, parse_object, read_header
 from slim_core.checkpoint.source import TensorMeta
 from slim_core.errors import InvalidModelError, UnexpectedError
+from slim_core.phases import Busy
 
-__all__ = ["Checkpoint"]
+__all__ = ["READING_AHEAD", "Checkpoint"]
+
+READING_AHEAD = Busy()
+"""When this process was reading ahead of what it computes, from whatever checkpoint."""
 
 _PAGE = mmap.ALLOCATIONGRANULARITY
 # With the page that is touched the kernel maps those around it that it has: some 64 KiB, or all that it keeps together,
 # which is a huge page at most.
 _AROUND = 2 << 20
+_AT_ONCE = 8 << 20
 _AGAIN = "download the file again"
 
 
@@ -149,7 +155,8 @@ class Checkpoint:
         spans = [(s.file, s.begin, s.nbytes) for s in map(self.stored, names) if s.nbytes]
         if self._reader is None:
             self._reader = ThreadPoolExecutor(1, thread_name_prefix="slim-prefetch")
-        self._reader.submit(_read_ahead, spans)
+        READING_AHEAD.begin()
+        self._reader.submit(_read_ahead, spans).add_done_callback(lambda _: READING_AHEAD.end())
 
     def release(self, names: Iterable[str]) -> None:
         for name in names:
@@ -184,12 +191,25 @@ def _use_up_warning() -> None:
 
 
 def _read_ahead(spans: list[tuple[Path, int, int]]) -> None:
+    """Ask the kernel for these bytes, then wait until it has them."""
     for file, begin, length in spans:
         fd = os.open(file, os.O_RDONLY)
         try:
             os.posix_fadvise(fd, begin, length, os.POSIX_FADV_WILLNEED)
+            with suppress(OSError):
+                _pass_by(fd, begin, begin + length)
         finally:
             os.close(fd)
+
+
+def _pass_by(fd: int, begin: int, end: int) -> None:
+    """Send bytes of a file nowhere, which copies none but waits for every page; stops when the program ends."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        while begin < end and threading.main_thread().is_alive():
+            begin += os.sendfile(nowhere, fd, begin, min(end - begin, _AT_ONCE)) or end
+    finally:
+        os.close(nowhere)
 
 
 def _find_files(folder: Path, index: str | None) -> tuple[list[Path], dict[str, str] | None]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from errno import EIO
 from pathlib import Path
@@ -83,6 +83,7 @@ class ShardedWriter:
         done: names that an earlier, interrupted run has already written; their bytes are kept.
         own: the names that are written here, where others write the rest into the same files; None: all.
         joins: whether another process has begun the files; this one only adds to them.
+        waiting: makes a context to be in while a call waits for the disk.
 
     Raises:
         EnvError: the disk is full or refuses a write. A background failure, of whatever kind, is raised by the next
@@ -99,8 +100,10 @@ class ShardedWriter:
         *,
         own: Iterable[str] | None = None,
         joins: bool = False,
+        waiting: Callable[[], AbstractContextManager[object]] = nullcontext,
     ) -> None:
         self._folder = folder
+        self._waiting = waiting
         self._places: dict[str, tuple[int, int, TensorMeta]] = {}
         self._files: list[int] = []
         self._rows: dict[str, int] = {}
@@ -116,7 +119,7 @@ class ShardedWriter:
                 raise self._disk_error(error) from error
             raise
         self._missing = (set(self._places) if own is None else set(own)) - done
-        self._jobs = BackgroundJobs(_THREADS, QUEUE_BYTES)
+        self._jobs = BackgroundJobs(_THREADS, QUEUE_BYTES, waiting)
 
     def _open(self, shard: Shard, resumed: bool) -> None:
         path = self._folder / shard.file_name
@@ -199,12 +202,24 @@ class ShardedWriter:
             self._submit(lambda start=start, count=count: _copy_part(stored, start, count, fd, offset + start), 0)
         self._missing.remove(name)
 
-    def after_writing(self, action: Callable[[], None]) -> None:
+    def after_writing(self, action: Callable[[], None]) -> int:
         """Call ``action`` on a background thread once everything queued so far is in the file system.
 
         It is not called if a write has failed. What it raises surfaces like a failed write.
+
+        Returns:
+            A number for :meth:`wait_for`.
         """
-        self._submit(action, 0, barrier=True)
+        return self._submit(action, 0, barrier=True)
+
+    def wait_for(self, action: int) -> None:
+        """Wait until an action of :meth:`after_writing` is over.
+
+        Raises:
+            EnvError: a write failed.
+        """
+        self._jobs.await_job(action)
+        self._raise_failure()
 
     def _place(self, name: str) -> tuple[int, int, TensorMeta]:
         self._raise_failure()
@@ -213,11 +228,12 @@ class ShardedWriter:
             raise UnexpectedError(f"the tensor {state}", where=name)
         return self._places[name]
 
-    def _submit(self, job: Callable[[], None], nbytes: int, *, barrier: bool = False) -> None:
+    def _submit(self, job: Callable[[], None], nbytes: int, *, barrier: bool = False) -> int:
         if self._closed:
             raise UnexpectedError("the writer is closed", where=str(self._folder))
-        self._jobs.submit(job, nbytes, barrier=barrier)
+        number = self._jobs.submit(job, nbytes, barrier=barrier)
         self._raise_failure()
+        return number
 
     def _raise_failure(self) -> None:
         match self._jobs.error:
@@ -229,6 +245,11 @@ class ShardedWriter:
                 raise self._disk_error(error) from error
             case error:
                 raise UnexpectedError(f"the background writer failed: {error!r}") from error
+
+    @property
+    def busy_seconds(self) -> float:
+        """Seconds in which bytes were on their way to the file system, or forced to disk."""
+        return self._jobs.busy.seconds
 
     def flush(self) -> None:
         """Wait until everything queued so far is in the file system.
@@ -254,9 +275,11 @@ class ShardedWriter:
             some = ", ".join(sorted(self._missing)[:3])
             raise UnexpectedError(f"{len(self._missing)} tensors of the plan were never written: {some}")
         try:
-            for fd in self._files:
-                os.fsync(fd)
-                on_file()
+            with self._waiting():
+                for fd in self._files:
+                    with self._jobs.busy.within():
+                        os.fsync(fd)
+                    on_file()
         except OSError as error:
             raise self._disk_error(error) from error
         self.close()

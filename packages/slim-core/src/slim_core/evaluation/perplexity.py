@@ -24,7 +24,8 @@ from slim_core.model.units import Unit
 from slim_core.progress import Progress
 from slim_core.quantization.attention import QuantizedAttention
 from slim_core.quantization.layers import QuantizedLinear
-from slim_core.runners.calibration import BlockForwards, simulated, simulating_taps
+from slim_core.runners.calibration import BlockForwards
+from slim_core.runners.simulated import simulated, simulating_taps
 from slim_core.savers.quantized_folder import QuantizedFolder
 
 __all__ = ["EvalResult", "evaluate"]

@@ -27,6 +27,7 @@ from slim_core.quantization.autoround import (
     TunedWeight,
     WeightGrid,
     train,
+    training_forwards,
 )
 from slim_core.quantization.building import build_layer, check_shape, needs_of
 from slim_core.quantization.kinds import LAYER_METHODS, LayerKind, LayerMethods, Scheme, layer_form
@@ -178,6 +179,10 @@ class AutoroundQuant(Processor):
     @property
     def runs_block(self) -> bool:
         return True
+
+    def block_forwards(self, samples: int) -> int:
+        config = self.config
+        return training_forwards(samples, config.iters, config.batch_size)
 
     @property
     def wants_float_targets(self) -> bool:

@@ -265,6 +265,10 @@ class Processor:
         """Whether :meth:`process` needs :attr:`UnitWork.block`, so that inputs and outputs of a block must be kept."""
         return False
 
+    def block_forwards(self, samples: int) -> int:
+        """About how many forwards it runs of a block, given so many samples; one with gradients is as long as three."""
+        return 0
+
     @property
     def wants_float_targets(self) -> bool:
         """Whether, with ``propagate: quantized``, targets must come from a forward that saw no quantized layer."""

@@ -6,7 +6,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from io import BytesIO
 from typing import Any, TypeVar
@@ -39,7 +39,8 @@ class LostRankError(EnvError):
 class Ranks:
     """This process and the others that work on the same run. One alone gathers its own, and sums are what they are.
 
-    All of them call the same methods in the same order. ``what`` says in errors what was going on.
+    All of them call the same methods in the same order. ``what`` says in errors what was going on. ``waiting`` makes a
+    context to be in while the others are waited for.
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class Ranks:
         self._watch = watch
         self._store = store
         self._lock = threading.Lock()
+        self.waiting: Callable[[], AbstractContextManager[object]] = nullcontext
 
     @property
     def first(self) -> bool:
@@ -150,7 +152,8 @@ class Ranks:
         if self._watch is not None:
             self._watch.waiting = True
         try:
-            action()
+            with self.waiting():
+                action()
         except RuntimeError as error:
             fault = self._watch.fault if self._watch is not None else None
             if fault is not None:

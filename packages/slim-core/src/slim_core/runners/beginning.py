@@ -31,9 +31,11 @@ _logger = get_logger(__name__)
 
 @dataclass(frozen=True)
 class Begun:
-    """Args:
-    forwards: the samples; None if no unit that is left needs any.
-    stop: the block or tower at which they are; units ahead of it are not even loaded.
+    """The samples of a run.
+
+    Args:
+        forwards: None if no unit that is left needs any.
+        stop: the block or tower at which they are; units ahead of it are not even loaded.
     """
 
     forwards: BlockForwards | None = None
@@ -51,6 +53,8 @@ def begin(
     ranks: Ranks,
     tokens: Sequence[int],
     example: Example | None,
+    *,
+    keeps: bool = True,
 ) -> Begun:
     """Open the forwards of a run that needs data.
 
@@ -64,6 +68,7 @@ def begin(
         ranks: who runs them.
         tokens: of every forward.
         example: gives the inputs of a short sample.
+        keeps: whether what samples need to go on is kept here; where all ranks run all samples, one of them does.
     """
     running = [unit.name for unit in model.running]
     due = next((at for at, name in enumerate(running) if name not in finished), None)
@@ -72,6 +77,8 @@ def begin(
     quota = plan.experts.quota
     last_extra = running.index(quota.units[-1]) if quota is not None and quota.extra.count else -1
     witness = _witness(model, example)
+    if not all(ranks.gather(witness is not None, "the decision to keep activations")):
+        witness = None
     inputs = calibration()
     kept = None
     if finished and witness is not None:
@@ -87,7 +94,7 @@ def begin(
             forwards = own.enter_context(
                 BlockForwards(model, mine, plan.devices.first, plan.streams, extra, spill, ranks.tick, witness)
             )
-            if forwards.witness is not None:
+            if forwards.witness is not None and keeps:
                 keys = keys_of(numbers, plan.streams, len(extra), first=ranks.first)
                 towers, needed = len(model.towers), forwards.witness.needed
                 forwards.boundaries = Boundaries(folder, keys, ranks, running, finished, towers, needed)

@@ -62,6 +62,7 @@ class _Note(BaseModel):
     needed: tuple[int, ...]
     forms: tuple[_Form, ...]
     outputs: dict[str, list[int]]
+    sums: dict[str, int]
     checks: dict[str, int]
 
 
@@ -81,6 +82,10 @@ class _NotKeepableError(Exception):
     """Something is no plain data."""
 
 
+class _DamagedError(Exception):
+    """A file does not hold what was written to it."""
+
+
 @dataclass(frozen=True)
 class Boundary:
     """A boundary that an interrupted run has kept.
@@ -90,7 +95,8 @@ class Boundary:
         needed: the stops ahead of it whose outputs are on disk.
         forms: the different forms of outputs.
         outputs: by key and stop, the number of the form.
-        checks: by key, a checksum of what the next block was given.
+        sums: by needed stop and key, the checksum of what is on disk.
+        checks: by key, a checksum of some of what the next block was given.
     """
 
     folder: Path
@@ -98,16 +104,19 @@ class Boundary:
     needed: tuple[int, ...]
     forms: tuple[_Form, ...]
     outputs: Mapping[str, Sequence[int]]
+    sums: Mapping[int, Mapping[str, int]]
     checks: Mapping[str, int]
 
     def output(self, key: str, stop: int) -> Any:
         """What a block or tower gave for a sample, or zeros of its shape.
 
         Raises:
-            OSError, SafetensorError, KeyError: the file is gone or damaged.
+            OSError, SafetensorError, _DamagedError: the file is gone or damaged.
         """
         form = self.forms[self.outputs[key][stop]]
         kept = _library.load_file(self.folder / str(stop) / f"{key}.safetensors") if stop in self.needed else None
+        if kept is not None and _sum(kept) != self.sums[stop][key]:
+            raise _DamagedError(f"what stop {stop} gave is not what was written")
         values: list[Any] = []
         for at, leaf in enumerate(form.leaves):
             if leaf.dtype is None:
@@ -146,9 +155,9 @@ def last_boundary(folder: Path, keys: Collection[str], limit: int) -> Boundary |
             for key, numbers in note.outputs.items():
                 outputs[key] = [number if number == _NO_OUTPUT else first + number for number in numbers]
         needed = notes[0].needed
-        boundary = Boundary(root, stop + 1, needed, tuple(forms), outputs, checks)
-        if set(keys) <= outputs.keys() and all(_notes(root / str(other)) is not None for other in needed):
-            return boundary
+        sums = {other: _sums(root / str(other)) for other in needed}
+        if set(keys) <= outputs.keys() and all(sums.values()):
+            return Boundary(root, stop + 1, needed, tuple(forms), outputs, sums, checks)
     return None
 
 
@@ -160,6 +169,11 @@ def _notes(folder: Path) -> list[_Note] | None:
         with suppress(OSError, ValidationError):
             return [_Note.model_validate_json(other.read_bytes()) for other in paths]
     return None
+
+
+def _sums(folder: Path) -> dict[str, int]:
+    """By key, the checksum of what a stop gave; empty if not all ranks had noted it."""
+    return {key: found for note in _notes(folder) or () for key, found in note.sums.items()}
 
 
 @dataclass
@@ -176,7 +190,7 @@ class Boundaries:
     """
 
     folder: Path
-    keys: Sequence[str]
+    keys: list[str]
     ranks: Ranks
     names: Sequence[str]
     finished: Sequence[str]
@@ -185,6 +199,7 @@ class Boundaries:
     _forms: list[_Form] = field(default_factory=list[_Form])
     _numbers: dict[str, int] = field(default_factory=dict[str, int])  # by form
     _outputs: dict[str, list[int]] = field(default_factory=dict[str, "list[int]"])
+    _sums: dict[str, int] = field(default_factory=dict[str, int])
     _checks: dict[str, int] = field(default_factory=dict[str, int])
     _kept: dict[int, tuple[int, ...]] = field(default_factory=dict[int, tuple[int, ...]])
     _began: float = field(default_factory=time.monotonic)
@@ -205,7 +220,7 @@ class Boundaries:
     @contextmanager
     def at(self, stop: int) -> Generator[None]:
         """The samples pass a stop within this context, each by :meth:`take` and :meth:`taken`."""
-        self._stop, self._keeping, self._checks = stop, False, {}
+        self._stop, self._keeping, self._sums, self._checks = stop, False, {}, {}
         yield
         if self._keeping:
             self._timed(self._note)
@@ -217,6 +232,8 @@ class Boundaries:
         known = all(stop in self._kept for stop in needed if stop != self._stop)
         keeps = not self._off and known and (spared or self._stop < self.always)
         self._keeping = self.ranks.broadcast(keeps, 0, "the decision on activations") and not self._off
+        if self._keeping and self.ranks.first:
+            self._tidy()
         if self._keeping:
             self._last = 0.0
             self._kept[self._stop] = needed
@@ -244,7 +261,17 @@ class Boundaries:
         known += [_NO_OUTPUT] * (self._stop - len(known))
         known.append(self._numbers[text])
         if self._keeping:
-            self._timed(lambda: _save(self._here / f"{key}.safetensors", leaves))
+            self._timed(lambda: self._save(key, leaves))
+
+    def _save(self, key: str, tensors: Mapping[str, Tensor]) -> None:
+        plain = {name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
+        _write(self._here / f"{key}.safetensors", plain)
+        self._sums[key] = _sum(plain)
+
+    def forget(self, index: int) -> None:
+        """A sample is no longer carried."""
+        self._outputs.pop(self.keys[index], None)
+        self.keys[index] = ""
 
     def taken(self, index: int, call: BlockCall) -> None:
         """The call at which a sample waits now."""
@@ -261,7 +288,9 @@ class Boundaries:
                 del self._kept[self._stop]
                 shutil.rmtree(self._here, ignore_errors=True)
                 return
-        note = _Note(needed=needed, forms=tuple(self._forms), outputs=self._outputs, checks=self._checks)
+        note = _Note(
+            needed=needed, forms=tuple(self._forms), outputs=self._outputs, sums=self._sums, checks=self._checks
+        )
         path = self._here / f"rank-{self.ranks.rank}-of-{self.ranks.size}.json"
         partial = path.with_suffix(".partial")
         partial.write_text(note.model_dump_json(), "utf-8")
@@ -305,7 +334,7 @@ def _form_of(output: Any) -> tuple[dict[str, Tensor], _Form]:
     tensors: dict[str, Tensor] = {}
     described: list[_Leaf] = []
     for at, leaf in enumerate(leaves):
-        if isinstance(leaf, Tensor):
+        if isinstance(leaf, Tensor) and not leaf.is_complex():  # which safetensors has no name for
             tensors[str(at)] = leaf
             described.append(_Leaf(dtype=str(leaf.dtype).removeprefix("torch."), shape=tuple(leaf.shape)))
         elif leaf is None or isinstance(leaf, (bool, int, float, str)):
@@ -314,16 +343,23 @@ def _form_of(output: Any) -> tuple[dict[str, Tensor], _Form]:
             raise _NotKeepableError(type(leaf).__name__)
     try:
         return tensors, _Form(tree=pytree.treespec_dumps(spec), leaves=tuple(described))
-    except (NotImplementedError, TypeError, ValueError) as error:
+    except (NotImplementedError, TypeError, ValueError) as error:  # a container that pytorch knows no name for
         raise _NotKeepableError(str(error)) from error
 
 
-def _save(path: Path, tensors: Mapping[str, Tensor]) -> None:
+def _write(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write the tensors of one output so that the file is whole if it is there."""
     partial = path.with_suffix(".partial")
-    plain = {name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
-    _library.save_file(plain, partial)
+    _library.save_file(dict(tensors), partial)
     os.replace(partial, path)
+
+
+def _sum(tensors: Mapping[str, Tensor]) -> int:
+    """CRC-32 of contiguous tensors, by the order of their names."""
+    found = 0
+    for _, tensor in sorted(tensors.items()):
+        found = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy().data, found)
+    return found
 
 
 def _checksum(call: BlockCall) -> int:

@@ -2,30 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import fields, is_dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_map_only
 
 from slim_core.memory import give_back_freed_memory
-from slim_core.model.attention import Tap
-from slim_core.model.skeleton import stand_in
 from slim_core.model.streamed import StreamedModel
 from slim_core.model.suspended import BlockCall, SuspendedForward
 from slim_core.model.tower_inputs import TowerInputs
 from slim_core.model.units import Unit
-from slim_core.quantization.attention import QuantizedAttention
-from slim_core.quantization.layers import QuantizedLinear, SimulatedLinear
 from slim_core.runners.boundaries import Boundaries, Boundary
 from slim_core.runners.spill import Spill
 from slim_core.runners.witness import Witness
 
-__all__ = ["BlockForwards", "KeptBlock", "NotAsKeptError", "hidden_states", "moved", "simulated", "simulating_taps"]
+__all__ = ["BlockForwards", "NotAsKeptError", "moved"]
 
 
 def moved(value: Any, device: torch.device) -> Any:
@@ -184,6 +179,11 @@ class BlockForwards:
         """How many samples, and how many extra ones, have started; several may share a forward."""
         return self._carried.given, self._carried.given_extra
 
+    @property
+    def on_disk(self) -> int:
+        """Bytes of activations that wait on disk."""
+        return 0 if self._spill is None else self._spill.nbytes
+
     def present(self, stream: int = 0) -> list[int]:
         """The samples that are run by the current block or tower, and have not been handed on in a stream."""
         return [sample for sample in range(self.samples) if self._is_here(self._index(sample, stream))]
@@ -272,6 +272,8 @@ class BlockForwards:
         """Nobody needs the extra samples any more."""
         for sample in range(self.extra):
             self._forward.abandon(self.samples * self._streams + sample)
+            if self.boundaries is not None:
+                self.boundaries.forget(self.samples * self._streams + sample)
         self.extra = 0
 
     def _resume(self, index: int, output: Any) -> None:
@@ -363,28 +365,6 @@ def _samples(batch: Mapping[str, Any]) -> int:
     return max((len(value) for value in tensors if value.dim()), default=1)
 
 
-class KeptBlock:
-    """The block at work for processors that run it themselves: a :class:`~slim_core.model.block_run.BlockRun`.
-
-    Args:
-        targets: outputs of the float block, on the host.
-    """
-
-    def __init__(self, model: StreamedModel, forwards: BlockForwards, targets: Sequence[Any], device: torch.device):
-        self._forwards = forwards
-        self._targets = targets
-        self._device = device
-        self._present = forwards.present(-1)  # exact ones may have been handed on already
-        self.module = model.module
-        self.samples = len(self._present)
-
-    def run(self, sample: int) -> Tensor:
-        return _what_counts(self._forwards.compute(self._present[sample]))
-
-    def target(self, sample: int) -> Tensor:
-        return _what_counts(self._targets[self._present[sample]]).to(self._device)
-
-
 def _hidden_of(call: BlockCall) -> Any:
     """The hidden states, which are the first thing that a block is given."""
     return call.args[0] if call.args else call.kwargs.get("hidden_states")
@@ -401,60 +381,3 @@ def _tokens_at_hand(call: BlockCall) -> int:
     given = [*call.args, *call.kwargs.values()]
     sequences = [x for x in given if isinstance(x, Tensor) and x.is_floating_point() and x.dim() == 3]
     return max(_tokens_of(call), sum(x.shape[:-1].numel() for x in sequences))
-
-
-def hidden_states(output: Any) -> Tensor:
-    """The hidden states of a block's output: a tensor, or the first of a tuple.
-
-    Where a block carries several streams, as those of a diffusion transformer do with picture and text, they are of
-    one width, and their tokens come one after the other, ``(tokens, width)``. What else a block may return, such as
-    weights of attentions, has other dimensions.
-    """
-    if isinstance(output, Tensor):
-        return output
-    tensors = [part for part in output if isinstance(part, Tensor) and part.is_floating_point()]
-    first = tensors[0]
-    form = first.dim(), first.shape[0], first.shape[-1]
-    streams = [tensor for tensor in tensors if (tensor.dim(), tensor.shape[0], tensor.shape[-1]) == form]
-    return first if len(streams) == 1 else torch.cat([stream.flatten(0, -2) for stream in streams])
-
-
-def _what_counts(output: Any) -> Tensor:
-    """The hidden states of a block; of a tower that gives several things, all of them, one after the other."""
-    if not isinstance(output, Mapping):
-        return hidden_states(output)
-    tensors = [part for part in tree_leaves(output) if isinstance(part, Tensor) and part.is_floating_point()]
-    return torch.cat([tensor.reshape(-1) for tensor in tensors])
-
-
-def simulating_taps(attentions: Mapping[str, QuantizedAttention], device: torch.device) -> dict[str, Tap]:
-    """Taps that put quantized states in the place of the exact ones."""
-    moved_there = attentions if device.type == "cpu" else {n: _fields_to(a, device) for n, a in attentions.items()}
-    return {name: attention.simulate for name, attention in moved_there.items()}
-
-
-def layer_to(layer: QuantizedLinear, device: torch.device) -> QuantizedLinear:
-    """A quantized linear with its tensors on a device."""
-    return layer if device.type == "cpu" else _fields_to(layer, device)
-
-
-def _fields_to(data: Any, device: torch.device) -> Any:
-    if isinstance(data, Tensor):
-        return data.to(device)
-    if is_dataclass(data) and not isinstance(data, type):
-        return replace(data, **{f.name: _fields_to(getattr(data, f.name), device) for f in fields(data)})
-    return data
-
-
-@contextmanager
-def simulated(root: nn.Module, layers: Mapping[str, QuantizedLinear], device: torch.device) -> Generator[None]:
-    """Within this context the named linears compute what their quantized forms compute on the target."""
-    originals: dict[str, nn.Module] = {}
-    for name, layer in layers.items():
-        dtype = root.get_parameter(f"{name}.weight").dtype
-        originals[name] = stand_in(root, name, SimulatedLinear(layer_to(layer, device), dtype))
-    try:
-        yield
-    finally:
-        for name, module in originals.items():
-            root.set_submodule(name, module)

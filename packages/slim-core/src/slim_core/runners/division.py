@@ -104,6 +104,10 @@ class Division:
     def owns(self, unit: str, name: str) -> bool:
         return self.owner(unit, name) == self.rank
 
+    def makes(self, unit: str, name: str) -> bool:
+        """Whether this rank makes a quantized linear of a unit that it works on."""
+        return self.by_units or self.owns(unit, name)
+
     def written_by(self, rank: int) -> list[str]:
         """The names of the tensors that a rank writes."""
         return [

@@ -45,6 +45,7 @@ from slim_core.runners.plan_linears import (
     planned_linears,
 )
 from slim_core.runners.plan_memory import PlannedMemory, explores_by_expert, plan_memory
+from slim_core.runners.plan_time import PlannedTime
 from slim_core.runners.prediction import Calibration, Share, TowerLoad, memory_shares
 from slim_core.runners.prior import PlannedStage, plan_stages
 from slim_core.savers.base import Output, Saver, create_saver
@@ -87,6 +88,7 @@ class Plan:
         refusal: why the plan is not carried out; None if it is.
         part: what the model is called in a folder that holds several; empty for the only one.
         others: plans for the other models of the folder, which the same run carries out.
+        time: what a probe lets expect; None if there was none.
     """
 
     model: StreamedModel
@@ -112,6 +114,7 @@ class Plan:
     refusal: SlimError | None = None
     part: str = ""
     others: list[Plan] = field(default_factory=list["Plan"])
+    time: PlannedTime | None = None
 
     @property
     def needs_data(self) -> bool:

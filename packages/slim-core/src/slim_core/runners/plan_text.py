@@ -13,7 +13,7 @@ from slim_core.runners.plan_attention import FLOAT, PlannedAttention
 from slim_core.runners.plan_linears import PlannedLinear
 from slim_core.sizes import human_size
 
-__all__ = ["render_plan", "render_summary"]
+__all__ = ["likeness", "render_plan", "render_summary"]
 
 _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
 
@@ -31,8 +31,9 @@ def render_summary(plan: Plan) -> str:
         ("data", _data(plan)),
         *([("experts", text)] if (text := plan.experts.summary()) else []),
         ("output", _output(plan)),
-        ("disk", f"about {human_size(disk_need(plan).total)} while it runs"),
+        ("disk", _disk(plan)),
         ("memory", plan.memory.summary() + (", for each rank" if plan.runner.ranks > 1 else "")),
+        *([("time", plan.time.summary())] if plan.time is not None else []),
     ]
     lines = [f"Plan of {plan.part}" if plan.part else "Plan", *(f"  {name:<10} {value}" for name, value in rows)]
     if plan.warnings:
@@ -75,6 +76,12 @@ def _output(plan: Plan) -> str:
     return f"{human_size(plan.bytes_in)} -> {human_size(plan.bytes_out)}{share} in {files} file{'s' * (files > 1)}"
 
 
+def _disk(plan: Plan) -> str:
+    need = disk_need(plan)
+    kept = f", {human_size(need.kept)} of it for --resume if there is room" if need.kept else ""
+    return f"about {human_size(need.total)} while it runs{kept}"
+
+
 def render_plan(plan: Plan) -> str:
     """The summary, and below it unit by unit what each linear becomes and why.
 
@@ -83,7 +90,7 @@ def render_plan(plan: Plan) -> str:
     """
     groups: dict[object, list[PlannedUnit]] = {}
     for unit in plan.units:
-        groups.setdefault(_likeness(unit), []).append(unit)
+        groups.setdefault(likeness(unit), []).append(unit)
     listings = [(units, [*_linear_rows(units[0]), *_attention_rows(units[0])]) for units in groups.values()]
     columns = [column for _, rows in listings for column in zip(*(row.cells for row in rows), strict=True)]
     widths = [max((len(cell) for column in columns[i::3] for cell in column), default=0) for i in range(3)]
@@ -96,7 +103,7 @@ def render_plan(plan: Plan) -> str:
     return "\n".join(lines)
 
 
-def _likeness(unit: PlannedUnit) -> object:
+def likeness(unit: PlannedUnit) -> object:
     """Equal for units that are told together."""
     linears = tuple(
         (linear.name.removeprefix(f"{unit.name}."), linear.kind, linear.reason, linear.out_features, linear.in_features)

@@ -7,9 +7,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from slim_core.phases import COMPUTING
 from slim_core.smoothing.scales import SmoothingNote
 
-__all__ = ["AttentionRecord", "ExpertRecord", "LinearRecord", "RunResult", "StarvedExpert", "StateRecord", "UnitRecord"]
+__all__ = ["AttentionRecord", "ExpertRecord", "LinearRecord", "RunResult", "StarvedExpert", "StateRecord"]
+__all__ += ["TimeRecord", "UnitRecord"]
 
 
 @dataclass(frozen=True)
@@ -27,13 +29,36 @@ class LinearRecord:
 
 @dataclass(frozen=True)
 class UnitRecord:
-    """Cost and size of one unit."""
+    """Cost and size of one unit; ``phases`` are its seconds by what was done."""
 
     name: str
     seconds: float
     resident_bytes: int
     bytes_in: int
     bytes_out: int
+    phases: dict[str, float] = field(default_factory=dict[str, float])
+
+
+@dataclass(frozen=True)
+class TimeRecord:
+    """Where the time of one process went, from the beginning of a run until the last byte was on disk.
+
+    Args:
+        phases: seconds of the thread that does the work, by what it did; together they are all the time.
+        reading, writing: seconds in which the threads that read ahead and write were busy meanwhile.
+    """
+
+    phases: dict[str, float]
+    reading: float
+    writing: float
+
+    @property
+    def seconds(self) -> float:
+        return sum(self.phases.values())
+
+    @property
+    def computing(self) -> float:
+        return sum(self.phases.get(phase, 0.0) for phase in COMPUTING)
 
 
 @dataclass(frozen=True)
@@ -122,7 +147,9 @@ class RunResult:
         peak_bytes: the most memory the process ever had.
         base_bytes: its memory when the run began.
         rank_peak_bytes: the most memory that each of several ranks ever had; empty for one.
+        peak_disk: the most bytes on the disk of the output, looked at after every unit.
         cpu_seconds: processor time of the work on the units, of each rank.
+        times: where the time of each rank went.
     """
 
     save_path: Path
@@ -143,7 +170,9 @@ class RunResult:
     bytes_in: int = 0
     bytes_out: int = 0
     rank_peak_bytes: tuple[int, ...] = ()
+    peak_disk: int = 0
     cpu_seconds: tuple[float, ...] = ()
+    times: tuple[TimeRecord, ...] = ()
 
     def counts(self) -> dict[str, int]:
         """How many records of every sort there are, besides units."""

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,27 +17,30 @@ import torch
 from safetensors import safe_open
 
 from slim_core.checkpoint.header import DTYPE_NAMES
+from slim_core.checkpoint.reader import READING_AHEAD
 from slim_core.checkpoint.staging import JOURNAL, Staging
 from slim_core.checkpoint.writer import ShardedWriter
 from slim_core.errors import UnexpectedError, UnsupportedError, VerificationError
 from slim_core.logging import get_logger
 from slim_core.memory import give_back_freed_memory, peak_memory, resident_memory
 from slim_core.model.streamed import StreamedModel
+from slim_core.phases import Phase, Profile
 from slim_core.progress import Progress
 from slim_core.ranks.group import ALONE, Ranks
 from slim_core.recipe.schema import DatasetConfig
 from slim_core.runners.beginning import begin
 from slim_core.runners.boundaries import FOLDER
+from slim_core.runners.disk import taken
 from slim_core.runners.division import Division
 from slim_core.runners.expert_tokens import starved_warning
 from slim_core.runners.ledger import Ledger
 from slim_core.runners.plan import Plan
 from slim_core.runners.prior import LEARNED_FILE, StageInputs, keep_learned, learned_before, run_stages
-from slim_core.runners.records import RunResult, UnitRecord
+from slim_core.runners.records import RunResult, TimeRecord, UnitRecord
 from slim_core.runners.unit_run import Bench, UnitRun
 from slim_core.savers.base import Output, PlannedTensor
 
-__all__ = ["RunResult", "run_plan"]
+__all__ = ["RunResult", "check_shards", "prefetch", "run_plan"]
 
 _logger = get_logger(__name__)
 Inputs = Sequence[Mapping[str, Any]]
@@ -80,7 +84,9 @@ def run_plan(
     """
     if plan.refusal is not None:
         raise plan.refusal
-    began = time.monotonic()
+    began, profile, read = time.monotonic(), Profile(), READING_AHEAD.seconds
+    if ranks.size > 1:
+        ranks.waiting = partial(profile.within, Phase.RANKS)
     staging = _staged(save_path, fingerprint, resume, ranks)
     result = RunResult(
         save_path,
@@ -94,7 +100,8 @@ def run_plan(
         if ranks.first:
             _recall(staging.folder / JOURNAL, result)
         recalled = result.counts()
-        model = _informed(plan, staging, stage_calibration, result, progress, ranks, tokens)
+        with profile.within(Phase.STAGES):
+            model = _informed(plan, staging, stage_calibration, result, progress, ranks, tokens)
         by_unit: dict[str, list[PlannedTensor]] = {unit.name: [] for unit in model.units}
         for tensor in plan.output.tensors:
             by_unit[tensor.unit].append(tensor)
@@ -102,16 +109,18 @@ def run_plan(
         progress.start("Quantizing", {unit.name: unit.bytes_in + unit.bytes_out + 1 for unit in plan.units})
         with ExitStack() as stack:
             division = Division(plan, ranks.rank)
-            writer = _writer(plan, staging, written, division, ranks)
+            writer = _writer(plan, staging, written, division, ranks, profile)
             stack.callback(writer.close)
             ledger = Ledger(staging, writer, ranks, [unit.name for unit in model.units], division.keeper)
             stack.callback(ledger.close)
             bench = Bench(model, plan, writer, staging, result, by_unit, propagate == "quantized", division, ranks)
+            bench.profile = profile
             if plan.needs_data and calibration is not None:
                 sharing = bench.shared
                 begun = begin(
                     *(stack, plan, model, staging.folder, staging.finished, calibration, extra_calibration),
                     *(sharing, tokens(None) if sharing.size > 1 else (), example),
+                    keeps=ranks.first or not division.by_units,
                 )
                 bench.forwards, bench.begins = begun.forwards, begun.stop
             before = time.process_time()
@@ -120,8 +129,10 @@ def run_plan(
             result.cpu_seconds = (time.process_time() - before,)
             if bench.forwards is not None:
                 result.samples, result.extra_samples = bench.forwards.given()
-            ledger.complete()
+            with profile.within(Phase.RANKS):
+                ledger.complete()
             writer.finish(ranks.tick)
+            result.times = (TimeRecord(profile.spent(), READING_AHEAD.seconds - read, writer.busy_seconds),)
             _unite(plan, result, recalled, ledger, division, ranks)
         ranks.part()
         if not ranks.first:
@@ -134,6 +145,7 @@ def run_plan(
         plan.saver.complete(staging.folder, model, plan.output, extras)
         result.seconds = time.monotonic() - began
         result.peak_bytes = peak_memory()
+        result.peak_disk = max(result.peak_disk, taken(staging.folder))
         if finish is not None:
             finish(staging.folder, result)
         check_shards(staging.folder, plan.output)
@@ -167,15 +179,18 @@ def _staged(save_path: Path, fingerprint: str, resume: bool, ranks: Ranks) -> St
     return staging or Staging.joined(save_path, finished)
 
 
-def _writer(plan: Plan, staging: Staging, written: list[str], division: Division, ranks: Ranks) -> ShardedWriter:
+def _writer(
+    plan: Plan, staging: Staging, written: list[str], division: Division, ranks: Ranks, profile: Profile
+) -> ShardedWriter:
     """What writes this rank's tensors, into files that the first rank has begun."""
     own = None if ranks.size == 1 else division.written_by(ranks.rank)
+    make = partial(ShardedWriter, done=written, own=own, waiting=partial(profile.within, Phase.WRITER))
     if ranks.first:
-        writer = ShardedWriter(staging.folder, plan.output.shards, done=written, own=own)
+        writer = make(staging.folder, plan.output.shards)
         ranks.barrier("the layout of the output")
         return writer
     ranks.barrier("the layout of the output")
-    return ShardedWriter(staging.folder, plan.output.shards, done=written, own=own, joins=True)
+    return make(staging.folder, plan.output.shards, joins=True)
 
 
 def _unite(
@@ -199,6 +214,8 @@ def _unite(
     told = ranks.gather((result.samples, result.block_forwards, peak_memory(), *result.cpu_seconds), "the account")
     result.rank_peak_bytes = tuple(peak for _, _, peak, _ in told)
     result.cpu_seconds = tuple(seconds for *_, seconds in told)
+    result.times = tuple(record for (record,) in ranks.gather(result.times, "the account of time"))
+    result.peak_disk = sum(ranks.gather(result.peak_disk, "the account of disk space"))
     if not ranks.first:
         return
     if not division.by_units:
@@ -260,12 +277,12 @@ def _recall(journal: Path, result: RunResult) -> None:
 
 def _work_through(bench: Bench, ledger: Ledger, progress: Progress) -> None:
     model, plan, result = bench.model, bench.plan, bench.result
-    _prefetch(bench, 0)
+    prefetch(bench, 0)
     for position, unit in enumerate(model.units):
-        _prefetch(bench, position + 1)
+        prefetch(bench, position + 1)
         progress.begin(unit.name)
         bench.ranks.tick(unit.name)
-        began, before = time.monotonic(), result.counts()
+        began, before, spent = time.monotonic(), result.counts(), bench.profile.spent()
         finished = unit.name in bench.staging.finished
         run = UnitRun(bench, unit, finished=finished or not bench.division.works_on(unit.name))
         if unit.stop is not None and unit.stop < bench.begins:
@@ -277,10 +294,12 @@ def _work_through(bench: Bench, ledger: Ledger, progress: Progress) -> None:
             run.without_data()
         if not finished:
             planned, seconds = plan.units[position], time.monotonic() - began
-            cost = UnitRecord(unit.name, seconds, resident_memory(), planned.bytes_in, planned.bytes_out)
+            sizes = resident_memory(), planned.bytes_in, planned.bytes_out
+            cost = UnitRecord(unit.name, seconds, *sizes, bench.profile.spent(spent))
             result.units.append(cost)
             note: dict[str, object] = {"cost": asdict(cost), **result.noted_since(before)}
             ledger.note(unit.name, note)
+            _look_at_disk(bench)
         if not plan.runner.keeps_model:
             model.source.release(unit.tensors.values())
         if plan.needs_data:  # weights alone leave little behind, and touching fresh memory costs time
@@ -288,7 +307,15 @@ def _work_through(bench: Bench, ledger: Ledger, progress: Progress) -> None:
         progress.done(unit.name)
 
 
-def _prefetch(bench: Bench, position: int) -> None:
+def _look_at_disk(bench: Bench) -> None:
+    """Note what the run has on disk now: of the folder that ranks share, the first one tells."""
+    waiting = bench.forwards.on_disk if bench.forwards is not None else 0
+    folder = taken(bench.staging.folder) if bench.ranks.first else 0
+    bench.result.peak_disk = max(bench.result.peak_disk, folder + waiting)
+
+
+def prefetch(bench: Bench, position: int) -> None:
+    """Begin to read what the work on a unit will need."""
     if position < len(bench.model.units):
         unit = bench.model.units[position]
         if not bench.plan.needs_data and not bench.division.works_on(unit.name):
@@ -307,7 +334,7 @@ def check_shards(folder: Path, output: Output) -> None:
         VerificationError: a file does not hold exactly what was planned.
     """
     for shard in output.shards:
-        reader: Any = safe_open(folder / shard.file_name, "pt")
+        reader: Any = safe_open(folder / shard.file_name, "np")  # torch would map the whole file as writable memory
         with reader as file:
             found = set(file.keys())
             if found != {meta.name for meta in shard.tensors}:

@@ -63,6 +63,11 @@ class Spill:
                         self._move(tensor, share)
                     _leave_memory(tensor.untyped_storage())
 
+    @property
+    def nbytes(self) -> int:
+        """Of all that is on disk now."""
+        return sum(storage.nbytes() for known in self._files.values() if (storage := known()) is not None)
+
     def _is_on_disk(self, tensor: Tensor) -> bool:
         known = self._files.get(tensor.untyped_storage().data_ptr())
         return known is not None and known() is not None

@@ -18,6 +18,7 @@ from slim_core.model.inputs import drop_input_scales, mul_scale_of
 from slim_core.model.streamed import StreamedModel
 from slim_core.model.units import Unit
 from slim_core.model.weights import UnitWeights
+from slim_core.phases import Phase, Profile
 from slim_core.processors.base import AttentionState, AttentionWork, LinearWork, UnitWork
 from slim_core.quantization.attention import QuantizedAttention
 from slim_core.quantization.layers import QuantizedLinear, ScaledInput
@@ -25,12 +26,14 @@ from slim_core.quantization.statistics import Hessian, InputObserver, InputStati
 from slim_core.quantization.statistics.attention import AttentionStatistics
 from slim_core.ranks.group import ALONE, Ranks
 from slim_core.runners.attention_run import attention_record, attention_work, ranges_for, statistics_for, taps_of
-from slim_core.runners.calibration import BlockForwards, KeptBlock, simulated, simulating_taps
+from slim_core.runners.calibration import BlockForwards
 from slim_core.runners.division import Division, shares
 from slim_core.runners.expert_tokens import ExpertTokens
+from slim_core.runners.kept_block import KeptBlock
 from slim_core.runners.plan import Plan
 from slim_core.runners.records import LinearRecord, RunResult
 from slim_core.runners.reduction import reduced_attentions, reduced_inputs
+from slim_core.runners.simulated import simulated, simulating_taps
 from slim_core.savers.base import PlannedTensor
 
 __all__ = ["Bench", "UnitRun"]
@@ -55,6 +58,7 @@ class Bench:
     ranks: Ranks = ALONE
     forwards: BlockForwards | None = None
     begins: int = 0  # the stop at which the samples are when the run begins
+    profile: Profile = field(default_factory=Profile)
 
     @property
     def shared(self) -> Ranks:
@@ -111,21 +115,24 @@ class UnitRun:
                 unseen = InputStatistics(siblings=InputStatistics())
                 work.statistics = dict.fromkeys(work.linears, unseen)
                 work.starved = frozenset(work.linears)
-            self._quantize(work)
+            with self._bench.profile.within(Phase.QUANTIZING):
+                self._quantize(work)
 
     def calibrated(self, forwards: BlockForwards) -> None:
         """Observe the block while it runs, quantize it, and hand its exact or its quantized outputs on."""
         unit, plan = self._unit, self._bench.plan
         layers = self._layers_of_experts if plan.memory.by_expert else ()
         parameters = [*unit.parameters, *unit.added]
-        with ExpertsOnCall(self._bench.model, layers, parameters, plan.devices.first) as on_call:
+        on_call = ExpertsOnCall(self._bench.model, layers, parameters, plan.devices.first)
+        with self._bench.profile.within(Phase.FORWARDS), on_call:
             self._calibrated(forwards, on_call)
 
     def _calibrated(self, forwards: BlockForwards, on_call: ExpertsOnCall) -> None:
         bench, plan, unit = self._bench, self._bench.plan, self._unit
         device = plan.devices.first
         forwards.reach(unit)
-        bench.model.load((name for name in unit.parameters if name not in on_call.owners), device)
+        with bench.profile.within(Phase.LOADING):
+            bench.model.load((name for name in unit.parameters if name not in on_call.owners), device)
         forwards.follow()
         works = self._write or bench.propagate_quantized
         fresh, again = (self._fresh(), self._fresh_states()) if works else ({}, frozenset[str]())
@@ -154,13 +161,15 @@ class UnitRun:
             work = self._work(observed, on_call, live=live)
             work.starved = experts.barely_routed() if experts is not None else frozenset()
             work.block = KeptBlock(bench.model, forwards, targets, device) if keep else None
-            self._reshape(work)
+            with bench.profile.within(Phase.RESHAPING):
+                self._reshape(work)
             if fresh or again:
                 watched = _Watched(fresh, again.__contains__, experts=bool(fresh))
                 anew, _ = self._observe(forwards, watched, hand_on=False, keep=False)
                 work.statistics.update(_joined(work.statistics, anew.inputs))
                 work.attentions.update(attention_work(unit, plan.attentions, anew.states, again))
-            self._quantize(work)
+            with bench.profile.within(Phase.QUANTIZING):
+                self._quantize(work)
         if (quota := plan.experts.quota) is not None and unit.name == quota.units[-1]:
             forwards.drop_extra()
         if bench.propagate_quantized:
@@ -294,8 +303,7 @@ class UnitRun:
         assert work.weights is not None
         work.weights.fill()
         division, unit = bench.division, self._unit.name
-        if bench.shared.size > 1:
-            work.linears = {name: linear for name, linear in work.linears.items() if division.owns(unit, name)}
+        work.linears = {name: linear for name, linear in work.linears.items() if division.makes(unit, name)}
         self._waiting = Counter(id(work.statistics[name]) for name in work.linears if name in work.statistics)
         self._began = time.monotonic()  # the time of a linear is its own, without the forwards of its block
         for processor in bench.plan.processors:

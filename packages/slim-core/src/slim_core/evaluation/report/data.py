@@ -7,6 +7,7 @@ import os
 import platform
 import sys
 import time
+from collections import Counter
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, entry_points, version
 from pathlib import Path
@@ -16,8 +17,9 @@ from typing import Any
 import torch
 
 from slim_core.devices import Devices
+from slim_core.runners.disk import disk_need
 from slim_core.runners.plan import Plan
-from slim_core.runners.records import ExpertRecord
+from slim_core.runners.records import ExpertRecord, TimeRecord
 from slim_core.runners.run import RunResult
 from slim_core.savers.loaders import layer_class
 from slim_core.service import SERVICE_GROUP
@@ -73,7 +75,10 @@ class AttentionRow:
 
 @dataclass(frozen=True)
 class UnitRow:
-    """Size and cost of one unit; ``seconds`` and ``resident_bytes`` are None if it was not done in this run."""
+    """Size and cost of one unit; ``seconds`` and ``resident_bytes`` are None if it was not done in this run.
+
+    ``phases`` are the seconds by what was done, of the one of several ranks that keeps the unit.
+    """
 
     name: str
     kind: str
@@ -81,6 +86,7 @@ class UnitRow:
     bytes_out: int
     seconds: float | None
     resident_bytes: int | None
+    phases: dict[str, float] = field(default_factory=dict[str, float])
 
 
 @dataclass(frozen=True)
@@ -116,6 +122,11 @@ class ReportData:
     versions: dict[str, str]
     machine: dict[str, Any]
     rank_peak_memory: list[int] = field(default_factory=list[int])
+    predicted_peak_disk: int = 0
+    peak_disk: int = 0
+    predicted_seconds: float | None = None
+    predicted_phases: dict[str, float] = field(default_factory=dict[str, float])
+    times: list[TimeRecord] = field(default_factory=list[TimeRecord])
 
     @property
     def quantized(self) -> list[LinearRow]:
@@ -131,6 +142,14 @@ class ReportData:
     def median_sqnr(self) -> float | None:
         known = [row.sqnr_db for row in self.worst if row.sqnr_db is not None]
         return median(known) if known else None
+
+    @property
+    def phases(self) -> list[str]:
+        """What time was spent on by any rank, the longest first."""
+        spent: Counter[str] = Counter()
+        for record in self.times:
+            spent.update(record.phases)
+        return [phase for phase, _ in spent.most_common()]
 
     def as_json(self) -> dict[str, Any]:
         """Plain values for a JSON file."""
@@ -176,6 +195,11 @@ def collect(folder: Path, plan: Plan, result: RunResult, *, title: str) -> Repor
         versions=_versions(),
         machine=_machine(plan.devices),
         rank_peak_memory=list(result.rank_peak_bytes),
+        predicted_peak_disk=disk_need(plan).total,
+        peak_disk=result.peak_disk,
+        predicted_seconds=plan.time.seconds if plan.time is not None and not plan.time.unknown else None,
+        predicted_phases=dict(plan.time.parts) if plan.time is not None else {},
+        times=list(result.times),
     )
 
 
@@ -193,6 +217,7 @@ def _units(plan: Plan, result: RunResult) -> list[UnitRow]:
                 unit.bytes_out,
                 record.seconds if record else None,
                 record.resident_bytes if record else None,
+                dict(record.phases) if record else {},
             )
         )
     return rows

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import io
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
 from slim_core.evaluation.report.data import LinearRow, ReportData, UnitRow
+from slim_core.phases import Phase
 
 __all__ = ["MAX_LINES", "draw_plots"]
 
@@ -220,7 +222,7 @@ def _costs(figure: Any, data: ReportData) -> bool:
     places = [i for i, _ in measured]
     names = [_short(unit.name) for _, unit in measured]
     time_axes, memory_axes = figure.subplots(1, 2)
-    time_axes.bar(places, [unit.seconds or 0.0 for _, unit in measured], color=_COLORS[0], width=0.8)
+    _stack_phases(figure, time_axes, measured)
     time_axes.set_ylabel("seconds")
     memory = [(unit.resident_bytes or 0) / (1 << 20) for _, unit in measured]
     memory_axes.plot(
@@ -235,6 +237,24 @@ def _costs(figure: Any, data: ReportData) -> bool:
         axes.grid(axis="x", visible=False)
         axes.set_xlabel("unit")
     return True
+
+
+def _stack_phases(figure: Any, axes: Any, measured: Sequence[tuple[int, UnitRow]]) -> None:
+    """Seconds of each unit, by what was done; what took next to nothing of all is part of the rest."""
+    places = [i for i, _ in measured]
+    spent: Counter[str] = Counter()
+    for _, unit in measured:
+        spent.update(unit.phases)
+    shown = [phase for phase, seconds in spent.most_common() if seconds >= 0.01 * spent.total() and phase != Phase.REST]
+    bottom = [0.0] * len(measured)
+    for phase, color in zip(shown, _COLORS, strict=False):
+        heights = [unit.phases.get(phase, 0.0) for _, unit in measured]
+        axes.bar(places, heights, bottom=bottom, color=color, width=0.8, label=phase)
+        bottom = [low + height for low, height in zip(bottom, heights, strict=True)]
+    rest = [max(0.0, (unit.seconds or 0.0) - low) for (_, unit), low in zip(measured, bottom, strict=True)]
+    axes.bar(places, rest, bottom=bottom, color=_GRID, width=0.8, label=str(Phase.REST))
+    if shown:
+        figure.legend(loc="outside upper left", ncols=len(shown) + 1)
 
 
 def _short(unit: str) -> str:

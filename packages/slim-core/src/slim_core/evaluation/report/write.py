@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import asdict
 from importlib.resources import files
 from pathlib import Path
@@ -16,7 +17,7 @@ from slim_core.processors.base import Assignment, AttentionAssignment
 from slim_core.runners.plan import Plan
 from slim_core.runners.run import RunResult
 from slim_core.savers.side_files import FOLDER_MODE, write_json, write_text
-from slim_core.sizes import human_size
+from slim_core.sizes import human_size, human_time
 from slim_core.smoothing.scales import SmoothingNote
 
 __all__ = ["write_report"]
@@ -52,7 +53,7 @@ def _page(data: ReportData) -> str:
     environment.filters["size"] = human_size
     environment.filters["number"] = _number
     environment.filters["decibel"] = _decibel
-    environment.filters["clock"] = _clock
+    environment.filters["clock"] = human_time
     template = files("slim_core.evaluation.report").joinpath("templates/report.html.j2").read_text("utf-8")
     plots = {name: Markup(svg) for name, svg in draw_plots(data).items()}
     return environment.from_string(template).render(
@@ -70,6 +71,7 @@ def _page(data: ReportData) -> str:
         starved=[(layer.name, expert) for layer in data.experts for expert in layer.starved][:_LISTED],
         all_starved=sum(len(layer.starved) for layer in data.experts),
         any_range=any(row.low is not None for row in data.linears),
+        predictions=_predictions(data),
         max_lines=MAX_LINES,
         all_lines=len({row.leaf for row in data.worst}),
     )
@@ -83,12 +85,19 @@ def _decibel(value: float | None) -> str:
     return "" if value is None else f"{value:.1f}"
 
 
-def _clock(seconds: float) -> str:
-    if seconds < 60:
-        return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
+def _predictions(data: ReportData) -> list[tuple[str, str, str, str]]:
+    """What the plan said, what came of it, and the one over the other."""
+    rows: list[tuple[str, float, float, Callable[[Any], str]]] = [
+        ("output", data.predicted_bytes_out, data.bytes_out, human_size),
+        ("memory", data.predicted_peak_memory, data.peak_memory, human_size),
+        ("disk", data.predicted_peak_disk, data.peak_disk, human_size),
+    ]
+    if data.predicted_seconds is not None:
+        rows.append(("time", data.predicted_seconds, data.seconds, human_time))
+    return [
+        (what, told(predicted), told(measured), f"{predicted / measured:.2f}" if measured else "")
+        for what, predicted, measured, told in rows
+    ]
 
 
 def _roles(data: ReportData) -> list[dict[str, Any]]:

@@ -5,7 +5,7 @@ W. Cheng et al., "Optimize Weight Rounding via Signed Gradient Descent for the Q
 
 from slim_core.quantization.autoround.inputs import DynamicInput, FloatInput, InputRounding, StaticInput
 from slim_core.quantization.autoround.rounding import WeightGrid
-from slim_core.quantization.autoround.training import TrainingOptions, train
+from slim_core.quantization.autoround.training import TrainingOptions, train, training_forwards
 from slim_core.quantization.autoround.tuned import TunedLinear, TunedWeight
 
 __all__ = [
@@ -18,4 +18,5 @@ __all__ = [
     "TunedWeight",
     "WeightGrid",
     "train",
+    "training_forwards",
 ]

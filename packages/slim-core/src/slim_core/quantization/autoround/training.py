@@ -16,7 +16,7 @@ from slim_core.model.skeleton import stand_in
 from slim_core.quantization.autoround.start import searched_factors
 from slim_core.quantization.autoround.tuned import TunedLinear
 
-__all__ = ["Outcome", "TrainingOptions", "shuffled", "train"]
+__all__ = ["Outcome", "TrainingOptions", "shuffled", "train", "training_forwards"]
 
 _EVALUATIONS = 10
 _EVALUATED = 8
@@ -185,6 +185,12 @@ class _Training:
 def _search(linear: TunedLinear, energy: Tensor) -> None:
     tuned = linear.tuned
     tuned.restart(*searched_factors(tuned.exact, tuned.span, tuned.grid, energy, tuned.group_size))
+
+
+def training_forwards(samples: int, iters: int, batch_size: int) -> int:
+    """How many forwards of the block training takes; one with gradients is as long as three."""
+    evaluations = 2 + -(-iters // math.ceil(iters / _EVALUATIONS))
+    return 3 * iters * min(batch_size, samples) + evaluations * min(samples, max(_EVALUATED, batch_size))
 
 
 def shuffled(samples: int, batch_size: int, seed: int) -> Iterator[list[int]]:
