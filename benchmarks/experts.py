@@ -68,7 +68,7 @@ def compare_time(name: str, folder: Path, rounds: int) -> None:
 def compare_memory(name: str, folder: Path, budget: str) -> None:
     """Runs through the command line, as users have it: what their plans promised and what their reports say."""
     for options in ([], ["--max_memory", f"host={budget}"]):
-        predicted, measured = told(model(MOE, folder), recipe(name, folder), folder / "out", *options)
+        predicted, measured, _ = told(model(MOE, folder), recipe(name, folder), folder / "out", *options)
         title = " ".join([name, *options])
         print(
             f"{title}: predicted {predicted:.0f} MiB, measured {measured:.0f} ({predicted / measured:.2f})", flush=True

@@ -80,4 +80,4 @@ def test_two_numbers_in_a_name_are_not_mixed_up() -> None:
 def test_summary_lists_warnings() -> None:
     text = render_summary(_plan([_block(0)], ["first", "second"]))
     assert text.endswith("warnings   2\n    - first\n    - second")
-    assert "about 3.0 MiB beyond the process itself" in text
+    assert " at most, 3.0 MiB of it beyond the process itself" in text

@@ -42,22 +42,22 @@ def test_nothing_changes_where_it_fits(budget: MemoryBudget) -> None:
     """On the CPU there is no device to have a budget for."""
     memory = planned(budget)
     assert (memory.by_expert, memory.spills, memory.refusal, memory.peak) == (False, False, None, 300 * MIB)
-    assert "one at a time" not in memory.summary()
+    assert "one at a time" not in memory.summary(0)
 
 
 def test_one_expert_at_a_time_where_it_does_not() -> None:
     memory = planned(MemoryBudget(300 * MIB - 1))
     assert (memory.by_expert, memory.refusal, memory.peak) == (True, None, 120 * MIB)
-    assert memory.summary() == (
-        "about 120.0 MiB beyond the process itself; the budget is 300.0 MiB for the host; so experts are in memory one "
-        "at a time, read when they are called and given back afterwards"
+    assert memory.summary(80 * MIB) == (
+        "about 200.0 MiB at most, 120.0 MiB of it beyond the process itself; the budget for that is 300.0 MiB for the "
+        "host; so experts are in memory one at a time, read when they are called and given back afterwards"
     )
 
 
 def test_activations_on_disk_where_that_does_not_help() -> None:
     memory = planned(MemoryBudget(120 * MIB - 1))
     assert (memory.by_expert, memory.spills, memory.refusal, memory.peak) == (True, True, None, 70 * MIB)
-    assert memory.summary().endswith("; activations of samples that are not at work wait on the disk of the output")
+    assert memory.summary(0).endswith("; activations of samples that are not at work wait on the disk of the output")
 
 
 @pytest.mark.parametrize("why", ["because", ""])

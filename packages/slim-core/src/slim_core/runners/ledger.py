@@ -49,7 +49,6 @@ class Ledger:
         self._staging, self._writer, self._ranks = staging, writer, ranks
         self._chief = chief
         self._count = 0
-        self._last: int | None = None
         self._due = [unit for unit in units if unit not in staging.finished]
         self.notes: dict[str, Note] = {}
         self._error: BaseException | None = None
@@ -63,17 +62,15 @@ class Ledger:
                 self._thread.start()
 
     def note(self, unit: str, note: Note) -> None:
-        """This rank has done its part of a unit; what it has made is on its way to disk, as nothing of the one before
-        is any more: so a run that is killed has lost no more than these two."""
-        if self._last is not None:
-            self._writer.wait_for(self._last)
+        """This rank has done its part of a unit. Waits for the last bytes of it, which are few, as most were written
+        while others were made: so a run that is killed has lost no more than the unit at work."""
         if self._ranks.size == 1:
-            self._last = self._writer.after_writing(lambda: self._staging.record(unit, note))
+            self._writer.wait_for(self._writer.after_writing(lambda: self._staging.record(unit, note)))
             return
         told, self._warnings.texts = self._warnings.texts, []
         text = json.dumps({"unit": unit, "note": note, "warnings": told})
         key, self._count = f"note/{self._ranks.rank}/{self._count}", self._count + 1
-        self._last = self._writer.after_writing(lambda: self._ranks.tell(key, text))
+        self._writer.wait_for(self._writer.after_writing(lambda: self._ranks.tell(key, text)))
 
     def _collect(self) -> None:
         try:

@@ -42,12 +42,13 @@ class PlannedMemory:
     def peak(self) -> int:
         return sum(share.nbytes for share in self.shares)
 
-    def summary(self) -> str:
-        """For the plan."""
-        text = f"about {human_size(self.peak)} beyond the process itself"
+    def summary(self, before: int) -> str:
+        """For the plan, given the bytes that the process takes before the run."""
+        whole, beyond = human_size(before + self.peak), human_size(self.peak)
+        text = f"about {whole} at most, {beyond} of it beyond the process itself"
         limits = [f"{size} for the {place}" for place, size in _limits(self.budget).items()]
         if limits:
-            text += f"; the budget is {' and '.join(limits)}"
+            text += f"; the budget for that is {' and '.join(limits)}"
         if self.by_expert:
             text += "; so experts are in memory one at a time, read when they are called and given back afterwards"
         if self.spills:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from slim_core.memory import resident_memory
 from slim_core.quantization.kinds import LayerKind
 from slim_core.runners.disk import disk_need
 from slim_core.runners.plan import Plan, PlannedUnit
@@ -32,7 +33,7 @@ def render_summary(plan: Plan) -> str:
         *([("experts", text)] if (text := plan.experts.summary()) else []),
         ("output", _output(plan)),
         ("disk", _disk(plan)),
-        ("memory", plan.memory.summary() + (", for each rank" if plan.runner.ranks > 1 else "")),
+        ("memory", plan.memory.summary(resident_memory()) + (", for each rank" if plan.runner.ranks > 1 else "")),
         *([("time", plan.time.summary())] if plan.time is not None else []),
     ]
     lines = [f"Plan of {plan.part}" if plan.part else "Plan", *(f"  {name:<10} {value}" for name, value in rows)]

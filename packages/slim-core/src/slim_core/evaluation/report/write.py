@@ -87,9 +87,11 @@ def _decibel(value: float | None) -> str:
 
 def _predictions(data: ReportData) -> list[tuple[str, str, str, str]]:
     """What the plan said, what came of it, and the one over the other."""
+    own = data.process_base_memory
     rows: list[tuple[str, float, float, Callable[[Any], str]]] = [
         ("output", data.predicted_bytes_out, data.bytes_out, human_size),
-        ("memory", data.predicted_peak_memory, data.peak_memory, human_size),
+        ("memory of the process", own + data.predicted_peak_memory, own + data.peak_memory, human_size),
+        ("memory of the run", data.predicted_peak_memory, data.peak_memory, human_size),
         ("disk", data.predicted_peak_disk, data.peak_disk, human_size),
     ]
     if data.predicted_seconds is not None:
