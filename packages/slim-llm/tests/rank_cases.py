@@ -47,7 +47,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "gptq, quantized outputs handed on": ("qwen3", {"process": [GPTQ], "propagate": "quantized"}),
     "static, quantized outputs handed on": ("qwen3_moe", {"process": [linear()], "propagate": "quantized"}),
     "gptq of experts": ("qwen3_moe", {"process": [GPTQ]}),
-    "one expert at a time": ("qwen3_moe_16", {"process": [GPTQ], "one_expert": True}),
+    "one expert at a time": ("qwen3_moe_16", {"process": [GPTQ], "propagate": "quantized", "one_expert": True}),
     "starved experts": ("qwen3_moe_16", {"process": [linear()]}),
     "extra samples": (
         "qwen3_moe_16",

@@ -261,7 +261,7 @@ def test_a_dry_run_shows_the_plan_and_the_refusal(
     request, _ = asked(model_folder("qwen3_moe_16"), tmp_path / "out", [linear(STATIC)], **options)
     commands.quantize(request)
     said = capsys.readouterr().out
-    assert "the budget is 1.0 MiB for the host; so experts are in memory one at a time" in said
+    assert "the budget for that is 1.0 MiB for the host; so experts are in memory one at a time" in said
     assert "The run itself would be refused: " in said
     assert "the run would take about" in said
     assert not (tmp_path / "out").exists()

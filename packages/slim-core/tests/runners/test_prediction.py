@@ -159,8 +159,12 @@ def test_a_head_that_no_sample_runs_through_is_not_counted() -> None:
 def test_activations_and_layers_that_wait() -> None:
     assert peak(Calibration(5 << 20)) - peak(Calibration(0)) == 5 << 20
     assert peak(Calibration(0, keeps_layers=True)) > peak() + BLOCK // 2
-    long = peak(Calibration(0, tokens=4096)) - peak(Calibration(0, tokens=2048))
-    assert long == 2048 * INNER * 2 * 4
+    long, longer = Calibration(0, tokens=8192), Calibration(0, tokens=16384)
+    assert peak(longer) - peak(long) == 8192 * HIDDEN * 2 * 4  # the feed-forward part is given some tokens at a time
+    whole = {name: frozenset({Need.SAMPLE_RANGES}) for name in names()}
+    assert peak(longer, needs=whole) - peak(long, needs=whole) == 8192 * INNER * 2 * 4
+    on_device = [replace(one, device="npu") for one in (long, longer)]  # all of these tokens are one portion there
+    assert peak(on_device[1]) - peak(on_device[0]) == 8192 * INNER * 2 * 4
     assert peak(Calibration(0, tokens=4096, trains=True)) > peak(Calibration(0, tokens=4096))
 
 

@@ -52,12 +52,36 @@ def test_a_tensor_stays_what_it_is(tmp_path: Path, dtype: torch.dtype) -> None:
 )
 def test_shape_and_strides_stay(tmp_path: Path, view: Any) -> None:
     base = torch.randn(16, LARGE)
-    tensor = view(base)
-    before, strides = tensor.clone(), tensor.stride()
-    Spill(tmp_path).hold((tensor,))
+    tensor, other = view(base), base[2:]
+    before, whole, strides = tensor.clone(), base.clone(), tensor.stride()
+    spill = Spill(tmp_path)
+    spill.hold((tensor,))
     assert on_disk(tensor)
     assert torch.equal(tensor, before)
     assert tensor.stride() == strides
+    assert not on_disk(other)
+    spill.hold((other,))
+    assert torch.equal(other, whole[2:])
+    assert base.data_ptr() == other.data_ptr() - 2 * base.stride(0) * base.element_size()
+
+
+def test_what_a_view_is_a_view_of_goes_along(tmp_path: Path) -> None:
+    """A view keeps it, even if nobody else does any more."""
+    base = torch.randn(16, LARGE)
+    tensor, whole = base.view(4, 4, LARGE), base.clone()
+    Spill(tmp_path).hold((tensor,))
+    assert on_disk(base)
+    assert base.data_ptr() == tensor.data_ptr()
+    assert torch.equal(base, whole)
+
+
+def test_a_view_that_reaches_beyond_its_base_moves_alone(tmp_path: Path) -> None:
+    base = torch.randn(20 * LARGE)[4 * LARGE :].detach()  # begins within its storage
+    tensor = base.view(16, LARGE)
+    before = tensor.clone()
+    Spill(tmp_path).hold((tensor,))
+    assert on_disk(tensor)
+    assert torch.equal(tensor, before)
     assert not on_disk(base)
 
 

@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from slim_core.errors import SlimError
 from slim_core.logging import get_logger
+from slim_core.memory import steady_heap
 from slim_core.model.streamed import StreamedModel
 from slim_core.ranks.group import Ranks
 from slim_core.runners.boundaries import Boundaries, Boundary, keys_of, last_boundary
@@ -91,6 +92,8 @@ def begin(
         mine = chosen(inputs, numbers) if ranks.size > 1 else inputs
         spill = Spill(folder) if plan.memory.spills else None
         with ExitStack() as own:
+            if spill is not None:
+                own.enter_context(steady_heap())
             forwards = own.enter_context(
                 BlockForwards(model, mine, plan.devices.first, plan.streams, extra, spill, ranks.tick, witness)
             )

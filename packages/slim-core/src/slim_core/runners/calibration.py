@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from types import TracebackType
 from typing import Any
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from slim_core.memory import give_back_freed_memory
+from slim_core.model.portions import FeedForward, Portions
 from slim_core.model.streamed import StreamedModel
 from slim_core.model.suspended import BlockCall, SuspendedForward
 from slim_core.model.tower_inputs import TowerInputs
@@ -77,6 +78,7 @@ class BlockForwards:
         self._forward = SuspendedForward(model.module, model.stops, self._carried, towers, skips=model.skips)
         self._last: list[Any] = []
         self._stop = 0
+        self._portions = Portions(model.module)
         self.count = 0
 
     def __enter__(self) -> BlockForwards:
@@ -104,6 +106,16 @@ class BlockForwards:
         self._stop = unit.stop
         if unit.block == 0:
             self._all_started()
+
+    def divide(self, parts: Iterable[FeedForward]) -> None:
+        """Give these parts of the block at work, which is loaded and not observed yet, some tokens at a time."""
+        extra = range(self.samples * self._streams, self.samples * self._streams + self.extra)
+        every = [*(self._index(sample, -1) for sample in range(self.samples)), *extra]
+        states = [
+            x for index in every if self._is_here(index) and isinstance(x := _hidden_of(self._call(index)), Tensor)
+        ]
+        longest = max(states, key=lambda some: some.shape[:-1].numel(), default=None)
+        self._portions.choose(parts, longest, self._device)
 
     def _all_started(self) -> None:
         for index in range(len(self._carried)):
@@ -201,6 +213,8 @@ class BlockForwards:
             self._spill.hold(_hidden_of(call))
             # Tables of positions and the like are the same for many samples.
             self._spill.hold([call.args, call.kwargs], share=first)
+            if first:
+                self._carried.started(index)
         return call
 
     def compute(self, sample: int, stream: int = -1) -> Any:
@@ -210,12 +224,11 @@ class BlockForwards:
     def _compute(self, index: int) -> Any:
         self.count += 1
         self._tick()
-        call = self._call(index)
+        call = there = self._call(index)
         if self._device.type != "cpu":
             there = BlockCall(call.sample, call.block, moved(call.args, self._device), moved(call.kwargs, self._device))
+        with self._portions.given():
             output = self._forward.compute(there)
-        else:
-            output = self._forward.compute(call)
         if self._spill is not None:
             self._spill.hold([call.args, call.kwargs])
             give_back_freed_memory()  # samples that wait on disk are large, and so is what a block makes of one
@@ -285,6 +298,8 @@ class BlockForwards:
             call = self._call(index)
             if self.boundaries is not None:
                 self.boundaries.taken(index, call)
+                if self._spill is not None:
+                    self._spill.hold([call.args, call.kwargs])  # it was looked at
             if self._stop < len(self._model.towers) <= self._call(index).block:
                 self._carried.let_go(index)
 
@@ -327,6 +342,7 @@ class _Carried(Sequence[Mapping[str, Any]]):
         self._witness = witness
         self.given = self.given_extra = 0
         self._for_towers: dict[int, TowerInputs] = {}
+        self._starting: dict[int, Mapping[str, Any]] = {}
 
     def __len__(self) -> int:
         return len(self._inputs) * self._streams + len(self._extra) + (self._witness is not None)
@@ -338,6 +354,7 @@ class _Carried(Sequence[Mapping[str, Any]]):
         batch = self._extra[at - own] if at >= own else self._inputs[at % len(self._inputs)]
         if self._spill is not None:
             self._spill.hold(batch)
+            self._starting[at] = batch
         if isinstance(batch, TowerInputs):
             self._for_towers[at] = batch
         if at >= own:
@@ -345,6 +362,12 @@ class _Carried(Sequence[Mapping[str, Any]]):
         elif at < len(self._inputs):
             self.given += _samples(batch)
         return batch
+
+    def started(self, index: int) -> None:
+        """A sample has got to its first stop: what it was given, and what was made of that, leaves memory."""
+        if self._spill is not None:
+            self._spill.hold(self._starting.pop(index, None))
+            give_back_freed_memory()
 
     def close(self) -> None:
         """Whoever makes inputs ahead need not go on."""

@@ -263,9 +263,15 @@ def make_plan(
             *(activations, largest_forward(), keeps_layers, kept, runs_again),
             tower_load(spec.dataset),
             waiting_bytes(),
+            devices.kind,
         )
     learning = [
-        (stage, Calibration(-(-stage_bytes(stage.dataset) // runner.ranks), towers=tower_load(stage.dataset)))
+        (
+            stage,
+            Calibration(
+                -(-stage_bytes(stage.dataset) // runner.ranks), towers=tower_load(stage.dataset), device=devices.kind
+            ),
+        )
         for stage in stages
     ]
 

@@ -15,6 +15,7 @@ import torch
 from slim_core.checkpoint.writer import QUEUE_BYTES
 from slim_core.model.expert_weights import parameters_of_experts
 from slim_core.model.experts import ExpertLayer, expert_layers
+from slim_core.model.portions import portion_tokens
 from slim_core.model.streamed import StreamedModel
 from slim_core.model.units import LinearInfo, Unit
 from slim_core.processors.base import Assignment, Processor
@@ -22,6 +23,7 @@ from slim_core.quantization.statistics import Need, hessian_bytes
 from slim_core.quantization.statistics.histogram import BINS
 from slim_core.quantization.statistics.inputs import SAMPLED_TOKENS
 from slim_core.runners.choice import RunnerChoice, unit_bytes
+from slim_core.runners.plan_portions import portioned
 from slim_core.savers.loaders import fused_leaves
 
 __all__ = ["Calibration", "Share", "TowerLoad", "input_of", "memory_shares"]
@@ -69,6 +71,7 @@ class Calibration:
         runs_again: whether the block is run once more after processors have reshaped it.
         towers: what runs through the model's towers.
         waiting_bytes: what the sample at work keeps, which is all that is in memory if the others wait on disk.
+        device: the kind of device that blocks run on.
     """
 
     hidden_bytes: int
@@ -78,6 +81,7 @@ class Calibration:
     runs_again: bool = True
     towers: TowerLoad = TowerLoad()
     waiting_bytes: int = 0
+    device: str = "cpu"
 
 
 @dataclass(frozen=True)
@@ -137,7 +141,9 @@ def memory_shares(
         ]
         if unit.block is None:
             seen.append(Share(f"images on their way to {unit.name}", _images(calibration)))
-        forward = _forward(unit, calibration, itemsize) + _observing(unit, calibration, requests, itemsize)
+        forward = _forward(model, unit, calibration, requests, itemsize) + _observing(
+            unit, calibration, requests, itemsize
+        )
         running = Share(f"activations inside {unit.name}", forward, host=False, device=True)
         quantizing = _quantizing(unit, processors, assignments, layers, copied=calibration.runs_again)
         if calibration.trains:
@@ -267,13 +273,25 @@ def _statistics(width: int, needs: frozenset[Need]) -> int:
     return sum(sizes.get(need, 0) for need in needs)
 
 
-def _forward(unit: Unit, calibration: Calibration, itemsize: int) -> int:
+def _forward(
+    model: StreamedModel,
+    unit: Unit,
+    calibration: Calibration,
+    requests: Mapping[str, frozenset[Need]],
+    itemsize: int,
+) -> int:
     """Activations inside a block; all of them where gradients will need them."""
     tokens = calibration.tokens if unit.block is not None else calibration.towers.tokens
     if calibration.trains:
         return tokens * sum(8 * info.in_features + 4 * info.out_features for info in unit.linears)
-    widest = max((max(info.in_features, info.out_features) for info in unit.linears), default=0)
-    return tokens * widest * itemsize * _WIDE_TENSORS
+    parts = portioned(model, unit, requests)
+    inside = {name for part in parts for name in part.linears}
+    whole = [info for info in unit.linears if info.name not in inside]
+    widths = [tokens * max(info.in_features, info.out_features) for info in whole]
+    for part in parts:
+        portion = min(tokens, portion_tokens(part.widest, itemsize, calibration.device))
+        widths.append(portion * part.widest + (tokens * part.width if portion < tokens else 0))
+    return max(widths, default=0) * itemsize * _WIDE_TENSORS
 
 
 def _images(calibration: Calibration) -> int:

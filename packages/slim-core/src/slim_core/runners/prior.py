@@ -25,6 +25,7 @@ from slim_core.recipe import SpecV1
 from slim_core.recipe.schema import DatasetConfig
 from slim_core.runners.calibration import BlockForwards
 from slim_core.runners.division import part_of
+from slim_core.runners.plan_portions import portioned
 from slim_core.runners.reduction import reduced_inputs
 
 __all__ = ["LEARNED_FILE", "PlannedStage", "StageInputs", "keep_learned", "learned_before", "plan_stages", "run_stages"]
@@ -151,6 +152,7 @@ def _observe(
             forwards.reach(unit)
             observer = InputObserver()
             with loaded(model, unit, device, by_expert=by_expert):
+                forwards.divide(portioned(model, unit, {}))
                 for name in (name for name in tokens if name.startswith(f"{unit.name}.")):
                     observer.watch(name, model.module.get_submodule(name), (Need.TOKENS,), tokens[name])
                 forwards.run(hand_on=True)

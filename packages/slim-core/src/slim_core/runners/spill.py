@@ -73,7 +73,21 @@ class Spill:
         return known is not None and known() is not None
 
     def _move(self, tensor: Tensor, share: bool) -> None:
-        """Give a tensor a storage in a file, with the same shape and strides."""
+        """Give a tensor a storage in a file, with the same shape and strides.
+
+        A view keeps the tensor that it is a view of, so that one moves, and the view goes along.
+        """
+        base = tensor._base  # pyright: ignore[reportPrivateUsage]
+        if base is not None and _covers(base, tensor):
+            if not self._is_on_disk(base):
+                self._move_alone(base, share)
+            storage, offset = base.untyped_storage(), tensor.storage_offset()
+            with torch.no_grad():
+                tensor.set_(storage, offset, tensor.shape, tensor.stride())  # pyright: ignore[reportArgumentType, reportCallIssue]
+            return
+        self._move_alone(tensor, share)
+
+    def _move_alone(self, tensor: Tensor, share: bool) -> None:
         data = tensor.detach().as_strided((_extent(tensor),), (1,)).view(torch.uint8)
         key = (tensor.dtype, hashlib.sha256(data.numpy().data).digest()) if share else None
         known = self._equal.get(key) if key is not None else None
@@ -106,6 +120,12 @@ class Spill:
         self._files[storage.data_ptr()] = weakref.ref(storage)
         torch.empty(0, dtype=torch.uint8).set_(storage).copy_(data)  # pyright: ignore[reportArgumentType, reportCallIssue]
         return storage
+
+
+def _covers(base: Tensor, view: Tensor) -> bool:
+    """Whether the base begins where its storage does, and the view lies within it."""
+    end = view.storage_offset() + _extent(view)
+    return base.storage_offset() == 0 and end * view.element_size() <= _extent(base) * base.element_size()
 
 
 def _extent(tensor: Tensor) -> int:

@@ -31,6 +31,7 @@ from slim_core.runners.division import Division, shares
 from slim_core.runners.expert_tokens import ExpertTokens
 from slim_core.runners.kept_block import KeptBlock
 from slim_core.runners.plan import Plan
+from slim_core.runners.plan_portions import portioned
 from slim_core.runners.records import LinearRecord, RunResult
 from slim_core.runners.reduction import reduced_attentions, reduced_inputs
 from slim_core.runners.simulated import simulated, simulating_taps
@@ -133,6 +134,7 @@ class UnitRun:
         forwards.reach(unit)
         with bench.profile.within(Phase.LOADING):
             bench.model.load((name for name in unit.parameters if name not in on_call.owners), device)
+        forwards.divide(portioned(bench.model, unit, plan.requests))
         forwards.follow()
         works = self._write or bench.propagate_quantized
         fresh, again = (self._fresh(), self._fresh_states()) if works else ({}, frozenset[str]())

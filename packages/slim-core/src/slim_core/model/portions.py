@@ -1,0 +1,178 @@
+"""Feed-forward parts of blocks, given some tokens at a time, so that what is wide inside them never gets long.
+
+A part counts if what it makes of a token depends on nothing else: that is tried on numbers once its weights are there.
+Portions are of one size on every device of a kind, whatever the memory, so that results do not depend on that; beside
+a forward in one piece they may differ in the last bit, where a library adds products up in another order.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Collection, Generator, Iterable
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from slim_core.model.units import LinearInfo
+
+__all__ = ["FeedForward", "Portions", "feed_forwards", "portion_tokens"]
+
+_BYTES, _DEVICE_BYTES = 16 << 20, 256 << 20
+_TOKENS, _SOME = 24, 11
+# Far above what rounding to bfloat16 does to a sum of products, far below what a missing half of the tokens does.
+_TOLERANCE = 2.0**-5
+
+
+@dataclass(frozen=True)
+class FeedForward:
+    """A module of a block that looks like a function of single tokens.
+
+    Args:
+        name: of the module.
+        width: channels of its input.
+        widest: channels of the widest input or output of its linears.
+        linears: their names.
+    """
+
+    name: str
+    width: int
+    widest: int
+    linears: frozenset[str]
+
+
+def feed_forwards(
+    root: nn.Module, unit: str, linears: Iterable[LinearInfo], apart: Collection[str]
+) -> list[FeedForward]:
+    """The modules of a unit, itself left out, that are given one tensor and widen it; the outermost such ones.
+
+    Args:
+        apart: linears that must not be in them, such as those of experts, to whom tokens are handed one by one anyway.
+    """
+    inside = {info.name: info for info in linears if info.name.startswith(f"{unit}.")}
+    found: list[FeedForward] = []
+    for name in sorted({parent for linear in inside for parent in _parents(linear, unit)}, key=len):
+        own = [info for linear, info in inside.items() if linear.startswith(f"{name}.")]
+        widest = max(max(info.in_features, info.out_features) for info in own)
+        width = own[0].in_features
+        if len(own) < 2 or widest <= width or any(info.name in apart for info in own):
+            continue
+        if any(name.startswith(f"{part.name}.") for part in found) or not _takes_one(root.get_submodule(name)):
+            continue
+        found.append(FeedForward(name, width, widest, frozenset(info.name for info in own)))
+    return found
+
+
+def _parents(linear: str, unit: str) -> Generator[str]:
+    """The modules between a unit and a linear."""
+    parts = linear.split(".")
+    return (".".join(parts[:end]) for end in range(unit.count(".") + 2, len(parts)))
+
+
+def _takes_one(module: nn.Module) -> bool:
+    """Whether it can be called with one tensor."""
+    if isinstance(module, (nn.ModuleList, nn.ModuleDict)):
+        return False
+    try:
+        signature = inspect.signature(type(module).forward)
+        signature.bind(module, torch.empty(0))
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
+def portion_tokens(widest: int, itemsize: int, device: str) -> int:
+    """How many tokens a part is given at a time."""
+    return max(1, (_BYTES if device == "cpu" else _DEVICE_BYTES) // (widest * itemsize))
+
+
+class Portions:
+    """The parts of blocks that were tried, and what they were found to be.
+
+    Args:
+        root: the model.
+    """
+
+    def __init__(self, root: nn.Module) -> None:
+        self._root = root
+        self._tried: dict[tuple[Any, ...], bool] = {}
+        self._parts: list[FeedForward] = []
+        self._dims = 0
+
+    def choose(self, parts: Iterable[FeedForward], longest: Tensor | None, device: torch.device) -> None:
+        """Settle which parts of a block, whose weights are loaded, are given portions.
+
+        Args:
+            longest: the hidden states of most tokens that the block will be given, ``(..., tokens, width)``; None if
+                there are none. No part is tried for which they are no more than a portion.
+            device: where the block runs.
+        """
+        self._parts = []
+        if longest is None or longest.dim() < 2:
+            return
+        self._dims, tokens = longest.dim(), longest.shape[:-1].numel()
+        for part in parts:
+            if tokens > portion_tokens(part.widest, longest.element_size(), device.type):
+                module = self._root.get_submodule(part.name)
+                key = (type(module), part.width, part.widest, self._dims)
+                if key not in self._tried:
+                    self._tried[key] = _sees_single_tokens(module, part.width, self._dims)
+                self._parts += [part] if self._tried[key] else []
+
+    @contextmanager
+    def given(self) -> Generator[None]:
+        """Within this context the chosen parts are given some tokens at a time."""
+        modules = [(self._root.get_submodule(part.name), part) for part in self._parts]
+        shadowed = [vars(module).get("forward") for module, _ in modules]
+        for module, part in modules:
+            module.forward = self._in_portions(module.forward, part)  # shadows the method of the class
+        try:
+            yield
+        finally:
+            for (module, _), forward in zip(modules, shadowed, strict=True):
+                if forward is None:
+                    del module.forward
+                else:
+                    module.forward = forward
+
+    def _in_portions(self, real: Any, part: FeedForward) -> Any:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            x = args[0] if len(args) == 1 and not kwargs else None
+            if not isinstance(x, Tensor) or x.dim() != self._dims or torch.is_grad_enabled():
+                return real(*args, **kwargs)
+            beside = x.shape[:-2].numel()
+            step = max(1, portion_tokens(part.widest, x.element_size(), x.device.type) // max(beside, 1))
+            if x.shape[-2] <= step:
+                return real(x)
+            result: Tensor | None = None
+            for start in range(0, x.shape[-2], step):
+                some = real(x[..., start : start + step, :])
+                if result is None:
+                    result = some.new_empty(*x.shape[:-1], some.shape[-1])
+                result[..., start : start + step, :] = some
+                del some
+            return result
+
+        return forward
+
+
+def _sees_single_tokens(module: nn.Module, width: int, dims: int) -> bool:
+    """Whether some of the tokens, in another order, give what they give among all."""
+    generator = torch.Generator().manual_seed(0)
+    parameter = next(module.parameters())
+    x = torch.randn(*[1] * (dims - 2), _TOKENS, width, generator=generator).to(parameter.device, parameter.dtype)
+    some = torch.randperm(_TOKENS, generator=generator)[:_SOME]
+    try:
+        with torch.no_grad():
+            whole: Any = module(x)
+            part: Any = module(x[..., some, :])
+    except Exception:  # noqa: BLE001 - code of others, which may ask for more than numbers
+        return False
+    if not isinstance(whole, Tensor) or not isinstance(part, Tensor) or whole.shape[:-1] != x.shape[:-1]:
+        return False
+    want = whole[..., some, :]
+    if part.shape != want.shape:
+        return False
+    return bool((part.float() - want.float()).norm() <= _TOLERANCE * want.float().norm())
