@@ -66,7 +66,7 @@ class Block(nn.Module):
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Portions of five tokens."""
-    monkeypatch.setattr(portions, "_BYTES", PORTION * INNER * 4)
+    monkeypatch.setattr(portions, "_BYTES", PORTION * INNER * 2)
 
 
 def model(inner: nn.Module) -> nn.Module:
@@ -90,7 +90,7 @@ def lengths(root: nn.Module, x: Tensor, parts: list[FeedForward]) -> tuple[list[
         lambda _, x: seen.append(x[0].shape[-2])
     )
     chosen = Portions(root)
-    chosen.choose(parts, x, torch.device("cpu"))
+    chosen.choose(parts)
     seen.clear()
     with torch.no_grad(), chosen.given():
         output = block(x)
@@ -124,19 +124,29 @@ def test_what_sees_more_than_single_tokens_stays_whole(kind: type[nn.Module]) ->
         assert torch.equal(output, root.get_submodule("blocks.0")(x))
 
 
-def test_a_short_sample_is_not_tried() -> None:
+def test_parts_of_a_kind_are_tried_once() -> None:
+    """With two and with three dimensions, all tokens and some."""
     root = model(FeedForwardModule())
     parts = feed_forwards(root, "blocks.0", linears(root), ())
     calls: list[int] = []
-    root.get_submodule("blocks.0.ffn").register_forward_pre_hook(lambda *_: calls.append(1))
+    root.get_submodule("blocks.0.ffn").register_forward_pre_hook(lambda _, x: calls.append(x[0].dim()))
     chosen = Portions(root)
-    chosen.choose(parts, torch.randn(1, PORTION, WIDTH), torch.device("cpu"))
-    chosen.choose(parts, None, torch.device("cpu"))
-    assert not calls
-    chosen.choose(parts, torch.randn(1, PORTION + 1, WIDTH), torch.device("cpu"))
-    assert len(calls) == 2
-    chosen.choose(parts, torch.randn(1, PORTION + 1, WIDTH), torch.device("cpu"))
-    assert len(calls) == 2  # once for modules of a kind
+    chosen.choose(parts)
+    assert calls == [2, 2, 3, 3]
+    chosen.choose(parts)
+    assert calls == [2, 2, 3, 3]
+
+
+def test_only_dimensions_that_were_proved() -> None:
+    class Three(FeedForwardModule):
+        def forward(self, x: Tensor) -> Tensor:
+            batch, tokens, width = x.shape
+            return super().forward(x.reshape(batch * tokens, width)).reshape(batch, tokens, -1)
+
+    root = model(Three())
+    parts = feed_forwards(root, "blocks.0", linears(root), ())
+    seen, _ = lengths(root, torch.randn(1, 13, WIDTH), parts)
+    assert seen == [5, 5, 3]
 
 
 def test_gradients_flow_through_all_tokens_at_once() -> None:
@@ -144,7 +154,7 @@ def test_gradients_flow_through_all_tokens_at_once() -> None:
     parts = feed_forwards(root, "blocks.0", linears(root), ())
     x = torch.randn(1, 13, WIDTH)
     chosen = Portions(root)
-    chosen.choose(parts, x, torch.device("cpu"))
+    chosen.choose(parts)
     seen: list[int] = []
     root.get_submodule("blocks.0.ffn.net.0").register_forward_pre_hook(lambda _, x: seen.append(x[0].shape[-2]))
     with torch.enable_grad(), chosen.given():
@@ -170,6 +180,6 @@ def test_what_asks_for_more_than_one_tensor_is_left_alone() -> None:
 
 
 def test_other_devices_take_larger_portions() -> None:
-    assert portion_tokens(INNER, 4, "cpu") == PORTION
-    assert portion_tokens(INNER, 4, "npu") > PORTION
-    assert portion_tokens(1 << 40, 4, "cpu") == 1
+    assert portion_tokens(INNER, "cpu") == PORTION
+    assert portion_tokens(INNER, "npu") > PORTION
+    assert portion_tokens(1 << 40, "cpu") == 1

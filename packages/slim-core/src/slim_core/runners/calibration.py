@@ -109,13 +109,7 @@ class BlockForwards:
 
     def divide(self, parts: Iterable[FeedForward]) -> None:
         """Give these parts of the block at work, which is loaded and not observed yet, some tokens at a time."""
-        extra = range(self.samples * self._streams, self.samples * self._streams + self.extra)
-        every = [*(self._index(sample, -1) for sample in range(self.samples)), *extra]
-        states = [
-            x for index in every if self._is_here(index) and isinstance(x := _hidden_of(self._call(index)), Tensor)
-        ]
-        longest = max(states, key=lambda some: some.shape[:-1].numel(), default=None)
-        self._portions.choose(parts, longest, self._device)
+        self._portions.choose(parts)
 
     def _all_started(self) -> None:
         for index in range(len(self._carried)):

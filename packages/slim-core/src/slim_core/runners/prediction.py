@@ -289,7 +289,7 @@ def _forward(
     whole = [info for info in unit.linears if info.name not in inside]
     widths = [tokens * max(info.in_features, info.out_features) for info in whole]
     for part in parts:
-        portion = min(tokens, portion_tokens(part.widest, itemsize, calibration.device))
+        portion = min(tokens, portion_tokens(part.widest, calibration.device))
         widths.append(portion * part.widest + (tokens * part.width if portion < tokens else 0))
     return max(widths, default=0) * itemsize * _WIDE_TENSORS
 
