@@ -71,7 +71,8 @@ def test_every_block_runs_once_for_every_sample(
     result = quantize(model_folder("llama"), tmp_path / "out", "static")
     assert result.block_forwards == BLOCKS * SAMPLES
     along = BLOCKS - 1  # a short sample passes all but the last, to see what of the others is to be kept
-    assert calls.count("LlamaDecoderLayer") == calls.count("LlamaMLP") == BLOCKS * SAMPLES + along
+    tried = 4  # whether it may be given some tokens at a time: on a few made-up ones, once for all blocks
+    assert calls.count("LlamaDecoderLayer") == calls.count("LlamaMLP") - tried == BLOCKS * SAMPLES + along
     assert result.samples == SAMPLES
 
 
