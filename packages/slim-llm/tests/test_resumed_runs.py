@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -27,22 +28,27 @@ Ending = Callable[[str], AbstractContextManager[None]]
 pytestmark = pytest.mark.usefixtures("all_kept")
 
 
+@pytest.fixture
+def run_case(rank_cases: ModuleType, model_folder: ModelFolder, dataset: Path, no_plots: None) -> Runs:
+    """``run_case(name, save_path, device, family=...)``: a run of one of the cases that ranks are tried with."""
+
+    def run(name: str, out: Path, device: str = "cpu", *, family: str = "", **request: Any) -> RunResult:
+        own, spec = rank_cases.CASES[name]
+        return rank_cases.run(model_folder(family or own), out, dataset, spec, device, **request)
+
+    return run
+
+
 def test_finished_blocks_are_not_run_again_whatever_the_processors(
-    rank_cases: ModuleType,
-    model_folder: ModelFolder,
-    dataset: Path,
-    content: Any,
-    ending_at: Ending,
-    tmp_path: Path,
-    no_plots: None,
+    rank_cases: ModuleType, run_case: Runs, content: Any, ending_at: Ending, tmp_path: Path
 ) -> None:
-    for name, (family, spec) in rank_cases.CASES.items():
-        model, whole, out = model_folder(family), tmp_path / name / "whole", tmp_path / name / "out"
-        wanted = rank_cases.run(model, whole, dataset, spec)
+    for name in rank_cases.CASES:
+        whole, out = tmp_path / name / "whole", tmp_path / name / "out"
+        wanted = run_case(name, whole)
         blocks = [unit.name for unit in wanted.units if ".layers." in unit.name]
         with ending_at(blocks[-1]):
-            rank_cases.run(model, out, dataset, spec)
-        result = rank_cases.run(model, out, dataset, spec, resume=True)
+            run_case(name, out)
+        result = run_case(name, out, resume=True)
         assert content(out) == content(whole), name
         assert [unit.name for unit in result.units] == [unit.name for unit in wanted.units], name
         assert len(blocks) * result.block_forwards == wanted.block_forwards, name
@@ -50,14 +56,9 @@ def test_finished_blocks_are_not_run_again_whatever_the_processors(
 
 
 @pytest.fixture
-def static(rank_cases: ModuleType, model_folder: ModelFolder, dataset: Path, no_plots: None) -> Runs:
+def static(run_case: Runs) -> Runs:
     """``static(save_path)``: a run that hands quantized outputs on."""
-    spec = rank_cases.CASES["static, quantized outputs handed on"][1]
-
-    def run(out: Path, **request: Any) -> RunResult:
-        return rank_cases.run(model_folder("qwen3"), out, dataset, spec, **request)
-
-    return run
+    return partial(run_case, "static, quantized outputs handed on", family="qwen3")
 
 
 @pytest.fixture
@@ -196,40 +197,26 @@ def test_another_number_of_ranks_goes_on_from_them(
 
 
 def test_ranks_that_run_all_samples_go_on_from_what_the_first_has_kept(
-    rank_cases: ModuleType,
-    model_folder: ModelFolder,
-    dataset: Path,
-    content: Any,
-    ending_at: Ending,
-    tmp_path: Path,
-    no_plots: None,
+    run_case: Runs, content: Any, ending_at: Ending, tmp_path: Path
 ) -> None:
-    family, spec = rank_cases.CASES["autoround"]
-    model, out = model_folder(family), tmp_path / "out"
-    rank_cases.run(model, tmp_path / "whole", dataset, spec)
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    run_case("autoround", whole)
     with ending_at("model.layers.2"):
-        rank_cases.run(model, out, dataset, spec, "cpu:0,1")
+        run_case("autoround", out, "cpu:0,1")
     assert {path.name for path in out.parent.glob(f".out.slim-partial/{FOLDER}/*/*.json")} == {"rank-0-of-1.json"}
-    rank_cases.run(model, out, dataset, spec, resume=True)
-    assert content(out) == content(tmp_path / "whole")
+    run_case("autoround", out, resume=True)
+    assert content(out) == content(whole)
 
 
 def test_extra_samples_that_nobody_needs_any_more_do_not_stand_in_the_way(
-    rank_cases: ModuleType,
-    model_folder: ModelFolder,
-    dataset: Path,
-    content: Any,
-    ending_at: Ending,
-    tmp_path: Path,
-    no_plots: None,
+    run_case: Runs, content: Any, ending_at: Ending, tmp_path: Path
 ) -> None:
     """They are let go after the last block of experts; the one behind it is dense."""
-    _, spec = rank_cases.CASES["extra samples"]
-    model, out = model_folder("qwen3_moe_16_first"), tmp_path / "out"
-    whole = rank_cases.run(model, tmp_path / "whole", dataset, spec)
+    run = partial(run_case, "extra samples", family="qwen3_moe_16_first")
+    whole = run(tmp_path / "whole")
     assert whole.extra_samples
     with ending_at("model.layers.2"):
-        rank_cases.run(model, out, dataset, spec)
-    result = rank_cases.run(model, out, dataset, spec, resume=True)
+        run(tmp_path / "out")
+    result = run(tmp_path / "out", resume=True)
     assert result.block_forwards == whole.samples
-    assert content(out) == content(tmp_path / "whole")
+    assert content(tmp_path / "out") == content(tmp_path / "whole")

@@ -51,13 +51,15 @@ def feed_forwards(
     Args:
         apart: linears that must not be in them, such as those of experts, to whom tokens are handed one by one anyway.
     """
-    inside = {info.name: info for info in linears if info.name.startswith(f"{unit}.")}
+    mixed = {parent for name in apart for parent in _parents(name, unit)}
+    inside: dict[str, list[LinearInfo]] = {}
+    for info in linears:
+        for parent in _parents(info.name, unit) if info.name not in apart else ():
+            inside.setdefault(parent, []).append(info)
     found: list[FeedForward] = []
-    for name in sorted({parent for linear in inside for parent in _parents(linear, unit)}, key=len):
-        own = [info for linear, info in inside.items() if linear.startswith(f"{name}.")]
-        widest = max(max(info.in_features, info.out_features) for info in own)
-        width = own[0].in_features
-        if len(own) < 2 or widest <= width or any(info.name in apart for info in own):
+    for name, own in sorted(inside.items(), key=lambda item: len(item[0])):
+        width, widest = own[0].in_features, max(max(info.in_features, info.out_features) for info in own)
+        if name in mixed or len(own) < 2 or widest <= width:
             continue
         if any(name.startswith(f"{part.name}.") for part in found) or not _takes_one(root.get_submodule(name)):
             continue
@@ -66,8 +68,8 @@ def feed_forwards(
 
 
 def _parents(linear: str, unit: str) -> Generator[str]:
-    """The modules between a unit and a linear."""
-    parts = linear.split(".")
+    """The modules between a unit and a linear; none if it is not inside the unit."""
+    parts = linear.split(".") if linear.startswith(f"{unit}.") else []
     return (".".join(parts[:end]) for end in range(unit.count(".") + 2, len(parts)))
 
 
